@@ -1,0 +1,60 @@
+"""The backends behind ``kd_loss`` and the choice between them.
+
+A backend is one object that meets :class:`Backend`. ``select`` picks by device and dtype, so that
+it costs a dictionary look-up per call; ``report`` is what ``python -m kdkernels info`` prints.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from kdkernels.backends.base import Backend, Result
+from kdkernels.backends.cpu import CPUBackend
+from kdkernels.backends.reference import ReferenceBackend
+
+# Best first; the reference runs everywhere.
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), ReferenceBackend())}
+NAMES = tuple(BACKENDS)
+
+
+@functools.lru_cache(maxsize=256)
+def select(
+    name: str | None, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+) -> Backend:
+    """The named backend, or the best one, for logits of this device and these dtypes.
+
+    Raises:
+        RuntimeError: the named backend cannot run, with the reason.
+    """
+    if name is not None:
+        reason = BACKENDS[name].why_not(device_type, student_dtype, teacher_dtype)
+        if reason:
+            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        return BACKENDS[name]
+    for backend in BACKENDS.values():
+        reason = backend.why_not(device_type, student_dtype, teacher_dtype)
+        if reason is None:
+            return backend
+        if backend.device_type == device_type:  # select is cached: the warning comes once
+            warnings.warn(
+                f"kdkernels uses the slower reference: backend {backend.name!r} cannot run: "
+                f"{reason}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    raise AssertionError("the reference serves every device and dtype")
+
+
+def report() -> list[tuple[str, bool, str]]:
+    """(name, available, details or the reason why not) of every backend."""
+    rows = []
+    for backend in BACKENDS.values():
+        reason = backend.unavailable()
+        rows.append((backend.name, reason is None, reason or backend.details()))
+    return rows
+
+
+__all__ = ["BACKENDS", "NAMES", "Backend", "Result", "report", "select"]

@@ -1,0 +1,57 @@
+"""The narrow internal function that every backend offers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdkernels.functional import Options
+
+
+class Result(NamedTuple):
+    """What one pass yields.
+
+    ``grad`` is d(sum of loss)/d(student) times ``grad_scale``, a power of two that keeps float16
+    gradients out of the subnormals; the backward divides it out, together with the scale that a
+    gradient scaler puts in.
+    """
+
+    loss: Tensor
+    soft: Tensor | None
+    hard: Tensor | None
+    grad: Tensor | None
+    grad_scale: float = 1.0
+
+
+class Backend(Protocol):
+    """One implementation of the loss. Inputs of ``run`` have been checked."""
+
+    name: str
+    device_type: str | None  # None: any
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine; None if it can."""
+
+    def details(self) -> str:
+        """What was found, for ``python -m kdkernels info``."""
+
+    def why_not(
+        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    ) -> str | None:
+        """Why this backend cannot serve such logits; None if it can."""
+
+    def run(
+        self,
+        student: Tensor,  # [..., C]
+        teacher: Tensor,  # [..., C]
+        labels: Tensor | None,  # [...]
+        weight: Tensor | None,  # [C]
+        options: Options,
+        want_terms: bool,
+        want_grad: bool,
+        inplace: bool,
+    ) -> Result:
+        """Loss, on request its terms and the gradient; with ``inplace`` it lies over ``student``."""

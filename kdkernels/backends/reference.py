@@ -1,0 +1,65 @@
+"""The reference as a backend: any device and dtype, and the fallback where nothing is compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.base import Result
+from kdkernels.reference import kd_terms
+
+if TYPE_CHECKING:
+    from kdkernels.functional import Options
+
+
+class ReferenceBackend:
+    name = "reference"
+    device_type: str | None = None
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def details(self) -> str:
+        return f"pure PyTorch {torch.__version__}, any device and dtype"
+
+    def why_not(
+        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    ) -> str | None:
+        return None
+
+    def run(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        options: Options,
+        want_terms: bool,
+        want_grad: bool,
+        inplace: bool,
+    ) -> Result:
+        """Differentiable as it stands; ``want_grad`` is only asked for together with ``inplace``."""
+        if labels is not None and student.device.type == "cpu":
+            _check_labels(labels, student.shape[-1], options.ignore_index)
+        if not want_grad:
+            terms = kd_terms(student, teacher, labels, weight=weight, **options._asdict())
+            return Result(terms.loss, terms.soft, terms.hard, None)
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            terms = kd_terms(leaf, teacher, labels, weight=weight, **options._asdict())
+            (grad,) = torch.autograd.grad(terms.loss.sum(), leaf)
+        target = student.detach()
+        target.copy_(grad)
+        return Result(terms.loss.detach(), terms.soft, terms.hard, target)
+
+
+def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bad.any():
+        row = int(bad.reshape(-1).nonzero()[0])
+        raise IndexError(
+            f"labels[{row}] is {int(labels.reshape(-1)[row])}: expected 0 <= label < {classes} "
+            f"or ignore_index {ignore_index}"
+        )

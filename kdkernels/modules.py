@@ -1,0 +1,106 @@
+"""``FusedKDLoss``: the loss as an ``nn.Module`` that drops into an existing training loop."""
+
+from __future__ import annotations
+
+
+from torch import Tensor, nn
+
+from kdkernels.functional import check_options, kd_loss
+from kdkernels.reference import KDTerms
+
+
+class FusedKDLoss(nn.Module):
+    """Knowledge-distillation loss, fused: ``alpha · T² · KL(p ‖ q) + (1 - alpha) · CE(r, y)``.
+
+    With student logits s and teacher logits t, p = softmax(t/T), q = softmax(s/T), r = softmax(s)
+    (Hinton, Vinyals and Dean 2015, arXiv:1503.02531). All arguments are those of
+    :func:`kdkernels.kd_loss`, which documents units, errors and numerics. The options are plain
+    attributes and may be changed between steps (``loss_fn.temperature = 2.0`` in a schedule).
+
+    Args:
+        temperature: T > 0, dividing both logits. Default 4.0.
+        alpha: share of the distillation term in [0, 1]. Default 0.9.
+        ignore_index: label of the rows left out. Default -100.
+        label_smoothing: in [0, 1], of the cross entropy. Default 0.0.
+        weight: class weights of the cross entropy, shape (C,), kept as a buffer.
+        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
+        distill_ignored: distil ignored rows too (unlabelled images). Default False.
+        inplace: write the gradient over the student logits. Default False.
+        return_terms: return ``KDTerms(loss, soft, hard)``. Default False.
+        backend: ``None`` (the best that can run), ``"cpu"`` or ``"reference"``.
+
+    Shape:
+        student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
+        Output: a scalar, or (...) with ``reduction="none"``.
+
+    Example:
+        >>> loss_fn = FusedKDLoss(temperature=4.0, alpha=0.9)
+        >>> with torch.no_grad():
+        ...     teacher_logits = teacher(images)
+        >>> loss = loss_fn(student(images), teacher_logits, labels)
+        >>> loss.backward()
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.9,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        distill_ignored: bool = False,
+        inplace: bool = False,
+        return_terms: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(temperature, alpha, ignore_index, label_smoothing, reduction, backend)
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
+        self.temperature = temperature
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.distill_ignored = distill_ignored
+        self.inplace = inplace
+        self.return_terms = return_terms
+        self.backend = backend
+        self.register_buffer("weight", weight)
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+    ) -> Tensor | KDTerms:
+        return kd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            weight=self.weight,
+            reduction=self.reduction,
+            distill_ignored=self.distill_ignored,
+            inplace=self.inplace,
+            return_terms=self.return_terms,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        options = f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
+        defaults = {
+            "ignore_index": -100,
+            "label_smoothing": 0.0,
+            "distill_ignored": False,
+            "inplace": False,
+            "return_terms": False,
+            "backend": None,
+        }
+        changed = {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
+        return ", ".join([options, *(f"{k}={v!r}" for k, v in changed.items())])
+
+
