@@ -14,8 +14,10 @@ from kdkernels import backends
 
 def info() -> None:
     """Print what is available, what is not, and why."""
-    print(f"kdkernels {kdkernels.__version__}  torch {torch.__version__}  "
-          f"Python {platform.python_version()}  {platform.system()} {platform.machine()}")
+    print(
+        f"kdkernels {kdkernels.__version__}  torch {torch.__version__}  "
+        f"Python {platform.python_version()}  {platform.system()} {platform.machine()}"
+    )
     for name, available, text in backends.report():
         print(f"  {name:<10} {'yes' if available else 'no ':<4} {text}")
 

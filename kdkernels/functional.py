@@ -128,8 +128,9 @@ def _check_weight(weight: Tensor, student: Tensor) -> None:
 
 
 def _wrong_device(name: str, tensor: Tensor, student: Tensor) -> NoReturn:
-    raise ValueError(f"{name} must be on the device of student_logits, {student.device}, "
-                     f"got {tensor.device}")
+    raise ValueError(
+        f"{name} must be on the device of student_logits, {student.device}, got {tensor.device}"
+    )
 
 
 def _check_inplace(student: Tensor, teacher: Tensor) -> None:
@@ -139,10 +140,7 @@ def _check_inplace(student: Tensor, teacher: Tensor) -> None:
             "inplace=True would overwrite student_logits, a leaf that requires grad; "
             "it is meant for logits that a model computed"
         )
-    if any(
-        size > 1 and stride < span
-        for size, stride, span in _dims_with_spans(student)
-    ):
+    if any(size > 1 and stride < span for size, stride, span in _dims_with_spans(student)):
         raise ValueError(
             f"inplace=True needs student_logits whose elements do not overlap, got strides "
             f"{student.stride()} for shape {tuple(student.shape)}"
@@ -150,8 +148,10 @@ def _check_inplace(student: Tensor, teacher: Tensor) -> None:
     first, last = _byte_range(student)
     teacher_first, teacher_last = _byte_range(teacher)
     if student.numel() and first < teacher_last and teacher_first < last:
-        raise ValueError("inplace=True needs teacher_logits that share no memory with "
-                         "student_logits, which are overwritten")
+        raise ValueError(
+            "inplace=True needs teacher_logits that share no memory with "
+            "student_logits, which are overwritten"
+        )
 
 
 def _dims_with_spans(t: Tensor) -> list[tuple[int, int, int]]:
@@ -258,8 +258,7 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
         )
     student, teacher, labels, weight = ctx.saved_tensors
     loss = kd_terms(student, teacher, labels, weight=weight, **ctx.options._asdict()).loss
-    (grad,) = torch.autograd.grad(loss, student, incoming, create_graph=True)
-    return grad
+    return torch.autograd.grad(loss, student, incoming, create_graph=True)[0]
 
 
 def kd_loss(
@@ -319,8 +318,9 @@ def kd_loss(
     )
     _check_tensors(student_logits, teacher_logits, labels, weight, options.alpha)
     needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    chosen = backends.select(backend, student_logits.device.type, student_logits.dtype,
-                             teacher_logits.dtype)
+    chosen = backends.select(
+        backend, student_logits.device.type, student_logits.dtype, teacher_logits.dtype
+    )
     if inplace:
         _check_inplace(student_logits, teacher_logits)
     if needs_grad and (chosen.name != "reference" or inplace):
@@ -328,7 +328,7 @@ def kd_loss(
             student_logits, teacher_logits, labels, weight, options, chosen, inplace, return_terms
         )
         return KDTerms(loss, soft, hard) if return_terms else loss
-    result = chosen.run(
+    loss, soft, hard, *_ = chosen.run(
         student_logits, teacher_logits, labels, weight, options, return_terms, False, False
     )
-    return KDTerms(result.loss, result.soft, result.hard) if return_terms else result.loss
+    return KDTerms(loss, soft, hard) if return_terms else loss  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 
 from torch import Tensor, nn
 
@@ -91,16 +92,14 @@ class FusedKDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        options = f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
-        defaults = {
-            "ignore_index": -100,
-            "label_smoothing": 0.0,
-            "distill_ignored": False,
-            "inplace": False,
-            "return_terms": False,
-            "backend": None,
-        }
-        changed = {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
-        return ", ".join([options, *(f"{k}={v!r}" for k, v in changed.items())])
+        options = {name: value for name, value in vars(self).items() if name in _DEFAULTS}
+        shown = {k: v for k, v in options.items() if k in _ALWAYS_SHOWN or v != _DEFAULTS[k]}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
+_ALWAYS_SHOWN = ("temperature", "alpha", "reduction")
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(FusedKDLoss).parameters.items()
+    if name != "weight"
+}

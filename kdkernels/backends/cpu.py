@@ -34,9 +34,13 @@ class CPUBackend:
         return None if _cpu is not None else _why_not_built()
 
     def details(self) -> str:
-        threads = torch.get_num_threads() if _cpu.has_openmp() else 1
-        shared = "torch's OpenMP" if _cpu.has_openmp() else "no OpenMP runtime in the process"
-        return f"compiled C++, {_cpu.instruction_set()}, {threads} threads ({shared})"
+        library = _cpu.openmp_library()
+        threads = (
+            f"{torch.get_num_threads()} threads of {Path(library).name}"
+            if library
+            else "1 thread: no OpenMP runtime in the process"
+        )
+        return f"compiled C++, {_cpu.instruction_set()}, {threads}"
 
     def why_not(
         self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
@@ -63,36 +67,20 @@ class CPUBackend:
     ) -> Result:
         temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored = options
         classes = student.shape[-1]
-        student_rows = _rows(student)
-        if student_rows is None:
-            source = student.detach().contiguous()
-            student_rows = (1, 0, classes)
-        else:
-            source = student
-        teacher_rows = _rows(teacher)
-        if teacher_rows is None:
-            teacher = teacher.detach().contiguous()
-            teacher_rows = (1, 0, classes)
+        source, student_rows = _laid_out(student)
+        teacher, teacher_rows = _laid_out(teacher)
         if labels is not None:
             if labels.dtype not in (torch.int64, torch.int32):
                 labels = labels.long()
             labels = labels.contiguous()
         if weight is not None:
             weight = weight.to(torch.float64).contiguous()
-
-        grad: Tensor | None = None
-        grad_rows = (1, 0, classes)
-        if want_grad:
-            if inplace:
-                grad, target = student.detach(), source.detach()
-                if source is not student:
-                    target = source  # class stride is not 1: written aside, copied back below
-                else:
-                    grad_rows = student_rows
-            else:
-                grad = target = torch.empty(
-                    student.shape, dtype=student.dtype, device=student.device
-                )
+        grad, grad_rows = None, student_rows
+        if want_grad and inplace:
+            grad = source.detach()
+        elif want_grad:
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            grad_rows = (1, classes, 0)
         shape = student.shape[:-1] if reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)
         loss = torch.empty(shape, dtype=loss_dtype)
@@ -103,7 +91,7 @@ class CPUBackend:
             teacher.data_ptr(),
             0 if labels is None else labels.data_ptr(),
             0 if weight is None else weight.data_ptr(),
-            0 if grad is None else target.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
             loss.data_ptr(),
             0 if soft is None else soft.data_ptr(),
             0 if hard is None else hard.data_ptr(),
@@ -123,37 +111,31 @@ class CPUBackend:
             distill_ignored,
             torch.get_num_threads(),
         )
-        if inplace and grad is not None and source is not student:
-            grad.copy_(target)
+        if grad is not None and inplace and source is not student:
+            grad = student.detach().copy_(grad)
         return Result(loss, soft, hard, grad, grad_scale)
 
 
-def _rows(logits: Tensor) -> tuple[int, int, int] | None:
-    """(inner, outer stride, inner stride) of the rows, in elements; None if they need a copy.
+def _laid_out(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """The logits, or a copy if their rows cannot be walked, and (inner, outer, step) of the rows.
 
-    Row i starts ``(i // inner) * outer + (i % inner) * inner_stride`` elements in: two levels, so
-    that ``logits[:, :-1]`` needs no copy.
+    Row i starts ``(i // inner) * outer + (i % inner) * step`` elements in: two levels, so that
+    ``logits[:, :-1]`` of a (B, L, C) tensor needs no copy.
     """
     shape, strides = logits.shape, logits.stride()
     if logits.is_contiguous():
-        return 1, shape[-1], 0
-    if strides[-1] != 1 and shape[-1] > 1:
-        return None
-    groups: list[tuple[int, int]] = []  # (size, stride) of runs of leading dimensions
+        return logits, (1, shape[-1], 0)
+    groups: list[tuple[int, int]] = []  # (size, stride) of runs of leading dimensions, inner first
     for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size == 1:
-            continue
         if groups and groups[-1][0] * groups[-1][1] == stride:
             groups[-1] = (groups[-1][0] * size, groups[-1][1])
-        else:
+        elif size > 1:
             groups.append((size, stride))
-    if len(groups) > 2:
-        return None
-    if not groups:
-        return 1, 0, 0
-    if len(groups) == 1:
-        return 1, groups[0][1], 0
-    return groups[0][0], groups[1][1], groups[0][1]
+    if len(groups) > 2 or (strides[-1] != 1 and shape[-1] > 1):
+        return logits.detach().contiguous(), (1, shape[-1], 0)
+    if len(groups) == 2:
+        return logits, (groups[0][0], groups[1][1], groups[0][1])
+    return logits, (1, groups[0][1] if groups else 0, 0)
 
 
 def _why_not_built() -> str:

@@ -1,0 +1,3 @@
+#define KD_VECTOR_BYTES 32
+#define KD_ENTRY kd_rows_avx2
+#include "rows.inl"

@@ -1,0 +1,3 @@
+#define KD_VECTOR_BYTES 64
+#define KD_ENTRY kd_rows_avx512
+#include "rows.inl"

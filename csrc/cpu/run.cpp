@@ -1,0 +1,221 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  KdRowsFn rows;
+};
+
+InstructionSet choose() {
+  const InstructionSet portable = {"portable", kd_rows_portable};
+#if defined(KD_X86_SETS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  const char* asked = std::getenv("KDKERNELS_CPU");
+  const auto wanted = [&](const char* name) { return !asked || !std::strcmp(asked, name); };
+  if (avx512 && wanted("avx512")) return {"avx512", kd_rows_avx512};
+  if (avx2 && wanted("avx2")) return {"avx2", kd_rows_avx2};
+#endif
+  return portable;
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = choose();
+  return chosen;
+}
+
+// Below this many exponentials (rows * classes, both rows) waking a second thread costs more than
+// it saves: see benchmarks/NOTES.md.
+constexpr int64_t kParallelWork = 32768;
+// Rows are handed out in pieces of about this many classes, so that a delayed thread holds up
+// little; the results do not depend on who computes them.
+constexpr int64_t kPieceWork = 32768;
+
+// A float32 exponential is off by about 2^-24, which the loss multiplies by T^2 and the sum over
+// the classes averages: T^2 * 2^-24 / sqrt(C) must stay well below the promised 2e-6. Where it
+// does not (few classes, very high temperature) the row is computed in double.
+bool needs_double(const KdProblem& p) {
+  if (p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64) return true;
+  const double t2 = p.temperature * p.temperature;
+  return t2 * t2 > 64.0 * static_cast<double>(p.classes);
+}
+
+struct Counts {
+  int64_t bad_label_row = -1;
+  int64_t soft = 0;   // rows of the soft term
+  double hard = 0;    // class weights of the rows of the cross entropy
+};
+
+Counts count(const KdProblem& p) {
+  Counts c;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    c.soft += p.soft_active(i);
+    if (!p.hard_active(i)) continue;
+    const int64_t label = p.label(i);
+    if (label < 0 || label >= p.classes) {
+      c.bad_label_row = i;
+      return c;
+    }
+    c.hard += p.weight ? p.weight[label] : 1.0;
+  }
+  return c;
+}
+
+// float16 has five bits of exponent: a gradient of 1/(N*C) would be lost in its subnormals before
+// a gradient scaler could lift it. The largest possible entry is brought to about 2^14 instead.
+double float16_scale(const KdProblem& p, double soft_scale, double hard_scale) {
+  double weight = 1;
+  for (int64_t k = 0; p.weight && k < p.classes; ++k) weight = std::max(weight, p.weight[k]);
+  const double bound = soft_scale + 2 * hard_scale * weight;
+  if (!(bound > 0) || !std::isfinite(bound)) return 1;
+  return std::exp2(std::floor(std::log2(16384 / bound)));
+}
+
+// First touch of a large fresh gradient costs more in page faults than its arithmetic.
+void ask_for_huge_pages(const KdProblem& p) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const int64_t width = p.student_dtype == kFloat64 ? 8 : p.student_dtype == kFloat32 ? 4 : 2;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p.grad);
+  const uintptr_t end = begin + static_cast<uintptr_t>(p.rows * p.classes * width);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (p.grad && p.grad != p.student && first < last)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)p;
+#endif
+}
+
+struct Deleter {
+  void operator()(char* memory) const { std::free(memory); }
+};
+
+// Kept from call to call: fresh pages would have to be faulted in each time.
+char* scratch_of_this_thread(int64_t bytes) {
+  thread_local std::unique_ptr<char, Deleter> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    size = 0;
+    const size_t rounded = static_cast<size_t>((bytes + 63) / 64 * 64);
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
+    if (!memory) throw std::bad_alloc();
+    size = static_cast<int64_t>(rounded);
+  }
+  return memory.get();
+}
+
+struct Job {
+  const KdProblem* problem;
+  int64_t piece, scratch_bytes;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+};
+
+void work(void* argument) {
+  Job& job = *static_cast<Job*>(argument);
+  try {
+    char* scratch = scratch_of_this_thread(job.scratch_bytes);
+    for (;;) {
+      const int64_t begin = job.next.fetch_add(job.piece);
+      if (begin >= job.problem->rows) return;
+      const int64_t end = std::min(begin + job.piece, job.problem->rows);
+      instruction_set().rows(*job.problem, begin, end, scratch);
+    }
+  } catch (const std::bad_alloc&) {
+    job.out_of_memory = true;
+  }
+}
+
+void visit_rows(const KdProblem& p, int threads) {
+  Job job;
+  job.problem = &p;
+  job.scratch_bytes = kd_scratch_size(p) * (p.in_double ? 8 : 4);
+  const int64_t total = p.rows * p.classes;
+  if (threads > 1 && p.rows > 1 && total >= kParallelWork && kd_can_parallel()) {
+    const int64_t share = (p.rows + threads - 1) / threads;
+    job.piece = std::min(share, std::max<int64_t>(1, kPieceWork / p.classes));
+    kd_parallel(static_cast<int>(std::min<int64_t>(threads, p.rows)), work, &job);
+  } else {
+    job.piece = p.rows;
+    work(&job);
+  }
+  if (job.out_of_memory) throw std::bad_alloc();
+}
+
+double sum(const double* values, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += values[i];
+  return total;
+}
+
+double blend(double alpha, double soft, double hard) {
+  // A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
+  if (alpha == 0) return hard;
+  if (alpha == 1) return soft;
+  return alpha * soft + (1 - alpha) * hard;
+}
+
+void put(void* target, bool in_float64, int64_t i, double value) {
+  if (!target) return;
+  if (in_float64)
+    static_cast<double*>(target)[i] = value;
+  else
+    static_cast<float*>(target)[i] = static_cast<float>(value);
+}
+
+}  // namespace
+
+const char* kd_instruction_set() { return instruction_set().name; }
+
+KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
+  const Counts counts = count(p);
+  if (counts.bad_label_row >= 0) return {counts.bad_label_row, 1};
+
+  const bool mean = out.reduction == kMean;
+  const double soft_rows = mean && counts.soft ? static_cast<double>(counts.soft) : 1;
+  const double hard_rows = mean && counts.hard != 0 ? counts.hard : 1;
+  p.weight_sum = p.weight ? sum(p.weight, p.classes) : static_cast<double>(p.classes);
+  p.soft_scale = p.alpha * p.temperature / soft_rows;
+  p.hard_scale = (1 - p.alpha) / hard_rows;
+  const double grad_scale =
+      p.grad && p.student_dtype == kFloat16 ? float16_scale(p, p.soft_scale, p.hard_scale) : 1;
+  p.soft_scale *= grad_scale;
+  p.hard_scale *= grad_scale;
+  p.in_double = needs_double(p);
+  std::vector<double> terms(static_cast<size_t>(2 * p.rows));
+  p.soft = terms.data();
+  p.hard = terms.data() + p.rows;
+
+  ask_for_huge_pages(p);
+  visit_rows(p, threads);
+
+  const int64_t results = out.reduction == kNone ? p.rows : 1;
+  for (int64_t i = 0; i < results; ++i) {
+    const bool rows = out.reduction == kNone;
+    const double soft = rows ? p.soft[i] : sum(p.soft, p.rows) / soft_rows;
+    const double hard = rows ? p.hard[i] : sum(p.hard, p.rows) / hard_rows;
+    put(out.loss, out.in_float64, i, blend(p.alpha, soft, hard));
+    put(out.soft, out.in_float64, i, soft);
+    put(out.hard, out.in_float64, i, hard);
+  }
+  return {-1, grad_scale};
+}

@@ -1,0 +1,31 @@
+# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls it.
+
+_Rows = tuple[int, int, int]
+
+def run(
+    student: int,
+    teacher: int,
+    labels: int,
+    weight: int,
+    grad: int,
+    loss: int,
+    soft: int,
+    hard: int,
+    student_rows: _Rows,
+    teacher_rows: _Rows,
+    grad_rows: _Rows,
+    rows: int,
+    classes: int,
+    student_dtype: int,
+    teacher_dtype: int,
+    labels_are_int64: bool,
+    temperature: float,
+    alpha: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    distill_ignored: bool,
+    threads: int,
+) -> float: ...
+def instruction_set() -> str: ...
+def openmp_library() -> str: ...
