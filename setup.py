@@ -26,9 +26,9 @@ ROOT = Path(__file__).parent
 SOURCES = ["bindings.cpp", "cpu/run.cpp", "cpu/parallel.cpp", "cpu/rows_portable.cpp"]
 # The flags are those of the unit alone: AVX code anywhere else would crash machines without it.
 X86_SETS = {
-    "cpu/rows_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "cpu/rows_avx2.cpp": "-mavx2 -mfma",
     "cpu/rows_avx512.cpp": (
-        "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+        "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mprefer-vector-width=512"
     ),
 }
 # No -ffast-math, and no flag of that kind when linking, where it would flush denormals to zero for

@@ -17,7 +17,10 @@ typedef std::tuple<int64_t, int64_t, int64_t> Rows;
 
 KdRows rows_of(const Rows& r) { return {std::get<0>(r), std::get<1>(r), std::get<2>(r)}; }
 
-template <typename T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 // Holding the GIL costs other threads little below this, releasing it costs this call something.
 constexpr int64_t kReleaseWork = 16384;

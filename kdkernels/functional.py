@@ -258,7 +258,8 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
         )
     student, teacher, labels, weight = ctx.saved_tensors
     loss = kd_terms(student, teacher, labels, weight=weight, **ctx.options._asdict()).loss
-    return torch.autograd.grad(loss, student, incoming, create_graph=True)[0]
+    (grad,) = torch.autograd.grad(loss, student, incoming, create_graph=True)
+    return grad  # type: ignore[no-any-return]
 
 
 def kd_loss(

@@ -43,7 +43,7 @@ def soft_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     p = log_p.exp()
     terms = p * (log_p - log_q)
     terms = torch.where((p == 0) & (student == -torch.inf), torch.inf, terms)
-    terms = torch.where(teacher == -torch.inf, 0.0, terms)
+    terms = torch.where(log_p == -torch.inf, 0.0, terms)
     return temperature**2 * terms.sum(-1)
 
 

@@ -12,15 +12,17 @@ enum KdDtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 // the classes of a row are neighbours. Two levels cover logits[:, :-1] without a copy.
 struct KdRows {
   int64_t inner, outer_stride, inner_stride;
-  KD_INLINE int64_t start(int64_t i) const { return (i / inner) * outer_stride + (i % inner) * inner_stride; }
+  KD_INLINE int64_t start(int64_t i) const {
+    return (i / inner) * outer_stride + (i % inner) * inner_stride;
+  }
 };
 
 struct KdProblem {
   const void* student;
   const void* teacher;
-  void* grad;             // null: loss only. May be the student itself.
-  const void* labels;     // null: every row active, no cross entropy
-  const double* weight;   // null: ones
+  void* grad;                            // null: loss only. May be the student itself.
+  const void* labels;                    // null: every row active, no cross entropy
+  const double* weight;                  // null: ones
   KdDtype student_dtype, teacher_dtype;  // the gradient has the student's
   KdRows student_rows, teacher_rows, grad_rows;
   bool labels_are_int64, distill_ignored, want_soft, want_hard;
@@ -28,11 +30,11 @@ struct KdProblem {
   double temperature, alpha, label_smoothing;
 
   // Filled in by kd_run before the rows are visited.
-  double weight_sum;             // sum of the class weights, C without any
-  double soft_scale, hard_scale; // of the gradient of a row's KL / cross entropy
-  bool in_double;                // see needs_double in run.cpp
-  double* soft;                  // [rows] T^2 KL
-  double* hard;                  // [rows] cross entropy
+  double weight_sum;              // sum of the class weights, C without any
+  double soft_scale, hard_scale;  // of the gradient of a row's KL / cross entropy
+  bool in_double;                 // see needs_double in run.cpp
+  double* soft;                   // [rows] T^2 KL
+  double* hard;                   // [rows] cross entropy
 
   KD_INLINE int64_t label(int64_t row) const {
     return labels_are_int64 ? static_cast<const int64_t*>(labels)[row]

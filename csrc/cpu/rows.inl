@@ -12,7 +12,7 @@
 
 #include "problem.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -28,23 +28,28 @@ constexpr double kMasked = -1e30;
 // the integer power T, or by an exponential of its own.
 enum Power : int { kNoCrossEntropy = 0, kOwnExponential = -1 };
 
-template <typename Real> struct Scratch {
-  Real *student, *teacher, *hard;  // [C] exponentials; [kBlock] where no gradient is asked for
+template <typename Real>
+struct Scratch {
+  Real *student, *teacher, *hard;   // [C] exponentials; [kBlock] where no gradient is asked for
   Real *student_max, *teacher_max;  // [blocks] the maxima each block's exponentials refer to
 };
 
 // Sums over the classes seen so far, relative to the running maxima.
-template <typename Real> struct Sums {
+template <typename Real>
+struct Sums {
   Real student_max, teacher_max;
-  double student;   // sum e^((s - max)/T)
-  double teacher;   // sum e^((t - max)/T)
-  double cross;     // sum e^((t - max)/T) * ((t - max) - (s - max))
-  double hard;      // sum e^(s - max)
-  double smooth;    // sum w * s, for label smoothing
-  bool masked;      // the student has -inf where the teacher has mass
+  double student;  // sum e^((s - max)/T)
+  double teacher;  // sum e^((t - max)/T)
+  double cross;    // sum e^((t - max)/T) * ((t - max) - (s - max))
+  double hard;     // sum e^(s - max)
+  double smooth;   // sum w * s, for label smoothing
+  bool masked;     // the student has -inf where the teacher has mass
 };
 
-template <typename Real> inline Real reference_of(Real max) { return max == -INFINITY ? 0 : max; }
+template <typename Real>
+inline Real reference_of(Real max) {
+  return max == -INFINITY ? 0 : max;
+}
 
 // A block of a row as Real: the row itself, or `scratch` filled with the converted values.
 template <typename Real>
@@ -55,8 +60,12 @@ inline const Real* load_block(const void* row, KdDtype dtype, int64_t first, int
       if (sizeof(Real) == 4) return (const Real*)row + first;
       convert_in<float>((const float*)row + first, n, scratch);
       break;
-    case kBFloat16: convert_in<BFloat16>((const uint16_t*)row + first, n, scratch); break;
-    case kFloat16: convert_in<Float16>((const uint16_t*)row + first, n, scratch); break;
+    case kBFloat16:
+      convert_in<BFloat16>((const uint16_t*)row + first, n, scratch);
+      break;
+    case kFloat16:
+      convert_in<Float16>((const uint16_t*)row + first, n, scratch);
+      break;
     case kFloat64:
       if (sizeof(Real) == 8) return (const Real*)row + first;
       convert_in<double>((const double*)row + first, n, scratch);
@@ -65,7 +74,8 @@ inline const Real* load_block(const void* row, KdDtype dtype, int64_t first, int
   return scratch;
 }
 
-template <typename Real> inline Real load_one(const void* row, KdDtype dtype, int64_t i) {
+template <typename Real>
+inline Real load_one(const void* row, KdDtype dtype, int64_t i) {
   Real buffer = 0;
   return *load_block<Real>(row, dtype, i, 1, &buffer);
 }
@@ -73,14 +83,25 @@ template <typename Real> inline Real load_one(const void* row, KdDtype dtype, in
 template <typename Real>
 inline void store_block(const Real* values, int64_t n, KdDtype dtype, void* row, int64_t first) {
   switch (dtype) {
-    case kFloat32: convert_out<float>(values, n, (float*)row + first); break;
-    case kBFloat16: convert_out<BFloat16>(values, n, (uint16_t*)row + first); break;
-    case kFloat16: convert_out<Float16>(values, n, (uint16_t*)row + first); break;
-    case kFloat64: convert_out<double>(values, n, (double*)row + first); break;
+    case kFloat32:
+      convert_out<float>(values, n, (float*)row + first);
+      break;
+    case kBFloat16:
+      convert_out<BFloat16>(values, n, (uint16_t*)row + first);
+      break;
+    case kFloat16:
+      convert_out<Float16>(values, n, (uint16_t*)row + first);
+      break;
+    case kFloat64:
+      convert_out<double>(values, n, (double*)row + first);
+      break;
   }
 }
 
-template <typename Real> struct Extremes { Real student_max, student_min, teacher_max; };
+template <typename Real>
+struct Extremes {
+  Real student_max, student_min, teacher_max;
+};
 
 template <typename Real>
 Extremes<Real> extremes(const Real* s, const Real* t, int64_t n) {
@@ -95,18 +116,9 @@ Extremes<Real> extremes(const Real* s, const Real* t, int64_t n) {
   };
   int64_t i = 0;
   for (; i + L <= n; i += L) step(load(s + i), load(t + i));
-  Extremes<Real> e = {-inf, inf, -inf};
-  for (int k = 0; k < L; ++k) {
-    e.student_max = high[k] > e.student_max ? high[k] : e.student_max;
-    e.student_min = low[k] < e.student_min ? low[k] : e.student_min;
-    e.teacher_max = teacher[k] > e.teacher_max ? teacher[k] : e.teacher_max;
-  }
-  for (; i < n; ++i) {
-    e.student_max = s[i] > e.student_max ? s[i] : e.student_max;
-    e.student_min = s[i] < e.student_min ? s[i] : e.student_min;
-    e.teacher_max = t[i] > e.teacher_max ? t[i] : e.teacher_max;
-  }
-  return e;
+  const Real none = NAN;  // compares neither way
+  if (i < n) step(load_part(s + i, n - i, none), load_part(t + i, n - i, none));
+  return {highest<Real>(high), lowest<Real>(low), highest<Real>(teacher)};
 }
 
 // Moves the sums over to new maxima, so that the next block can be added.
@@ -129,7 +141,8 @@ void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max, double i
   }
 }
 
-template <int P, typename V> KD_INLINE V power(V x) {
+template <int P, typename V>
+KD_INLINE V power(V x) {
   if (P == 1) return x;
   if (P == 2) return x * x;
   if (P == 3) return x * x * x;
@@ -149,7 +162,9 @@ void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sum
   const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
   const V masked = splat<Real>((Real)kMasked);
   WideVec<Real> student = {}, teacher = {}, cross = {}, hard = {};
-  struct Four { V student, teacher, cross, hard; };
+  struct Four {
+    V student, teacher, cross, hard;
+  };
 
   auto step = [&](V x, V y, Four& f, V& es, V& et, V& e1) __attribute__((always_inline)) {
     V ds = at_least(x - student_max, masked);
@@ -243,7 +258,9 @@ struct Factors {
 };
 
 // From the maxima that block b's exponentials refer to, to the row's.
-struct Step { double student, teacher, hard; };
+struct Step {
+  double student, teacher, hard;
+};
 
 template <typename Real>
 inline Step step_to(const KdProblem& p, const Sums<Real>& sums, const Scratch<Real>& scratch,
@@ -275,9 +292,9 @@ void gradient_block(Real* es, const Real* et, const Real* e1, int64_t n, double 
   for (; i + L <= n; i += L)
     store(es + i, step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}));
   if (const int64_t left = n - i) {
-    V z = P == kOwnExponential ? load_part<Real>(e1 + i, left, 0) : V{};
-    store_part(es + i, left, step(load_part<Real>(es + i, left, 0),
-                                  load_part<Real>(et + i, left, 0), z));
+    const Real zero = 0;
+    V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
+    store_part(es + i, left, step(load_part(es + i, left, zero), load_part(et + i, left, zero), z));
   }
 }
 
@@ -289,14 +306,15 @@ void sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* 
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
     const Step step = step_to(p, sums, scratch, b);
-    const double q = f.student * step.student, t = f.teacher * step.teacher;
+    const double q = f.student * step.student;
+    const double t = f.teacher == 0 ? 0 : f.teacher * step.teacher;
     const double r = f.hard * step.hard;
     // The label's entry is one sum in double: r_y - 1 cancels.
     const bool here = P != kNoCrossEntropy && label >= first && label < first + n;
     double at_label = 0;
     if (here) {
-      const double x = es[label], z = P == kOwnExponential ? (double)scratch.hard[label]
-                                                           : (double)power<P>(x);
+      const double x = es[label],
+                   z = P == kOwnExponential ? (double)scratch.hard[label] : (double)power<P>(x);
       const double w = p.weight ? p.weight[label] : 1.0;
       at_label = q * x - t * (double)et[label] + (r * z - f.label) + f.smooth * w;
     }
@@ -351,7 +369,7 @@ SureClass sure_class(const KdProblem& p, const Sums<Real>& sums, const Factors& 
     not_p += t * step.teacher;
     not_r += r * step.hard;
   }
-  double gradient = f.student == 0 ? 0 : f.teacher * not_p - f.student * not_q;
+  double gradient = f.student == 0 ? 0 : rounded(f.teacher * not_p) - rounded(f.student * not_q);
   if (hard) {
     // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
     const double w = p.weight ? p.weight[sure] : 1.0;
@@ -384,9 +402,9 @@ void row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   const double t = p.temperature;
   if (soft && p.want_soft) {
     double kl = sums.cross / sums.teacher / t + (log(sums.student) - log(sums.teacher));
-    if (kl < 0) kl = 0;                                // rounding; KL is not negative
+    if (kl < 0) kl = 0;  // rounding; KL is not negative
     if (sums.masked && kl == kl) kl = INFINITY;
-    if (!(sums.student > 0)) kl = NAN;                 // every class masked: no distribution
+    if (!(sums.student > 0)) kl = NAN;  // every class masked: no distribution
     p.soft[i] = t * t * kl;
   }
   Factors f = {};
@@ -440,12 +458,23 @@ void rows(const KdProblem& p, int64_t begin, int64_t end, char* memory) {
     }
     const bool hard = p.want_hard && p.hard_active(i);
     switch (hard ? shared : kNoCrossEntropy) {
-      case kNoCrossEntropy: row<Real, kNoCrossEntropy>(p, i, scratch); break;
-      case 1: row<Real, 1>(p, i, scratch); break;
-      case 2: row<Real, 2>(p, i, scratch); break;
-      case 3: row<Real, 3>(p, i, scratch); break;
-      case 4: row<Real, 4>(p, i, scratch); break;
-      default: row<Real, kOwnExponential>(p, i, scratch);
+      case kNoCrossEntropy:
+        row<Real, kNoCrossEntropy>(p, i, scratch);
+        break;
+      case 1:
+        row<Real, 1>(p, i, scratch);
+        break;
+      case 2:
+        row<Real, 2>(p, i, scratch);
+        break;
+      case 3:
+        row<Real, 3>(p, i, scratch);
+        break;
+      case 4:
+        row<Real, 4>(p, i, scratch);
+        break;
+      default:
+        row<Real, kOwnExponential>(p, i, scratch);
     }
   }
 }

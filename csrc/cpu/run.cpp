@@ -25,8 +25,7 @@ InstructionSet choose() {
   const InstructionSet portable = {"portable", kd_rows_portable};
 #if defined(KD_X86_SETS)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
@@ -61,8 +60,8 @@ bool needs_double(const KdProblem& p) {
 
 struct Counts {
   int64_t bad_label_row = -1;
-  int64_t soft = 0;   // rows of the soft term
-  double hard = 0;    // class weights of the rows of the cross entropy
+  int64_t soft = 0;  // rows of the soft term
+  double hard = 0;   // class weights of the rows of the cross entropy
 };
 
 Counts count(const KdProblem& p) {

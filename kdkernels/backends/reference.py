@@ -40,7 +40,7 @@ class ReferenceBackend:
         want_grad: bool,
         inplace: bool,
     ) -> Result:
-        """Differentiable as it stands; ``want_grad`` is only asked for together with ``inplace``."""
+        """Differentiable as it stands; ``want_grad`` is asked for with ``inplace`` only."""
         if labels is not None and student.device.type == "cpu":
             _check_labels(labels, student.shape[-1], options.ignore_index)
         if not want_grad:

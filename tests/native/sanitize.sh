@@ -15,8 +15,8 @@ compile() { # source, flags of its own
 sets=portable
 if [ "$(uname -m)" = x86_64 ]; then
   flags="$flags -DKD_X86_SETS"
-  compile csrc/cpu/rows_avx2.cpp "-mavx2 -mfma -mf16c"
-  compile csrc/cpu/rows_avx512.cpp "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c"
+  compile csrc/cpu/rows_avx2.cpp "-mavx2 -mfma"
+  compile csrc/cpu/rows_avx512.cpp "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"
   for set in avx2 avx512f; do
     if grep -qw "$set" /proc/cpuinfo; then sets="$sets ${set%f}"; fi
   done

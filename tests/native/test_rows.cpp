@@ -37,12 +37,17 @@ void put(std::vector<char>& m, KdDtype d, int64_t i, double v) {
   if (d == kFloat16) {
     const int exponent = static_cast<int>((bits >> 23) & 0xff) - 127;
     h = static_cast<uint16_t>((bits >> 16) & 0x8000);
-    if (exponent >= 16) h |= std::isnan(f) ? 0x7e00 : 0x7c00;
-    else if (exponent >= -14) h |= static_cast<uint16_t>(((exponent + 15) << 10) | ((bits >> 13) & 0x3ff));
+    if (exponent >= 16)
+      h |= std::isnan(f) ? 0x7e00 : 0x7c00;
+    else if (exponent >= -14)
+      h |= static_cast<uint16_t>(((exponent + 15) << 10) | ((bits >> 13) & 0x3ff));
   }
-  if (d == kFloat64) std::memcpy(p, &v, 8);
-  else if (d == kFloat32) std::memcpy(p, &f, 4);
-  else std::memcpy(p, &h, 2);
+  if (d == kFloat64)
+    std::memcpy(p, &v, 8);
+  else if (d == kFloat32)
+    std::memcpy(p, &f, 4);
+  else
+    std::memcpy(p, &h, 2);
 }
 
 double get(const std::vector<char>& m, KdDtype d, int64_t i) {
@@ -50,8 +55,14 @@ double get(const std::vector<char>& m, KdDtype d, int64_t i) {
   double v;
   float f;
   uint16_t h;
-  if (d == kFloat64) { std::memcpy(&v, p, 8); return v; }
-  if (d == kFloat32) { std::memcpy(&f, p, 4); return f; }
+  if (d == kFloat64) {
+    std::memcpy(&v, p, 8);
+    return v;
+  }
+  if (d == kFloat32) {
+    std::memcpy(&f, p, 4);
+    return f;
+  }
   std::memcpy(&h, p, 2);
   if (d == kBFloat16) {
     const uint32_t bits = static_cast<uint32_t>(h) << 16;
@@ -80,7 +91,8 @@ bool check(const Case& c, std::mt19937& random) {
   std::vector<int64_t> labels;
   std::vector<int32_t> narrow;
   std::vector<double> w(c.classes, 1.0);
-  if (c.weights) for (double& x : w) x = 0.5 + std::fabs(normal(random));
+  if (c.weights)
+    for (double& x : w) x = 0.5 + std::fabs(normal(random));
   std::vector<std::vector<double>> sv(c.rows), tv(c.rows);
   for (int64_t i = 0; i < c.rows; ++i) {
     labels.push_back(i == 1 ? kIgnore : static_cast<int64_t>(random() % c.classes));
@@ -101,8 +113,9 @@ bool check(const Case& c, std::mt19937& random) {
   p.student = s.data();
   p.teacher = t.data();
   p.grad = !c.grad ? nullptr : c.inplace ? s.data() : grad.data();
-  p.labels = c.no_labels ? nullptr
-                         : c.narrow_labels ? static_cast<const void*>(narrow.data()) : labels.data();
+  p.labels = c.no_labels       ? nullptr
+             : c.narrow_labels ? static_cast<const void*>(narrow.data())
+                               : labels.data();
   p.weight = c.weights ? w.data() : nullptr;
   p.student_dtype = c.student;
   p.teacher_dtype = c.teacher;
@@ -118,8 +131,7 @@ bool check(const Case& c, std::mt19937& random) {
   p.temperature = c.temperature;
   p.alpha = alpha;
   p.label_smoothing = c.smoothing;
-  const KdStatus status =
-      kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data()}, 2);
+  const KdStatus status = kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data()}, 2);
 
   double soft_rows = 0, hard_rows = 0, total_w = 0, error = 0, norm = 0;
   for (double x : w) total_w += x;
@@ -143,15 +155,16 @@ bool check(const Case& c, std::mt19937& random) {
       if (hard_on[i] && y + e > 0) ce -= (y + e / c.classes * w[k]) * std::log(r[k]);
       double g = soft_on[i] ? alpha * T / soft_rows * (q[k] - pt[k]) : 0;
       if (hard_on[i])
-        g += (1 - alpha) / hard_rows * (((1 - e) * w[labels[i]] + e / c.classes * total_w) * r[k] -
-                                        y - e / c.classes * w[k]);
+        g += (1 - alpha) / hard_rows *
+             (((1 - e) * w[labels[i]] + e / c.classes * total_w) * r[k] - y - e / c.classes * w[k]);
       if (!c.grad) continue;
-      const double got = get(c.inplace ? s : grad, c.student, i * (c.inplace ? stride : c.classes) + k);
+      const double got =
+          get(c.inplace ? s : grad, c.student, i * (c.inplace ? stride : c.classes) + k);
       error += std::pow(got / status.grad_scale - g, 2);
       norm += g * g;
     }
-    expected[c.reduction == kNone ? i : 0] += alpha * T * T * kl / soft_rows +
-                                              (1 - alpha) * ce / hard_rows;
+    expected[c.reduction == kNone ? i : 0] +=
+        alpha * T * T * kl / soft_rows + (1 - alpha) * ce / hard_rows;
   }
   bool good = std::sqrt(error) <= std::sqrt(norm) * (width(c.student) == 2 ? 8e-3 : 2e-6) + 1e-12;
   for (size_t i = 0; i < loss.size(); ++i) {
@@ -159,11 +172,11 @@ bool check(const Case& c, std::mt19937& random) {
     good &= both_inf || std::fabs(loss[i] - expected[i]) <= 2e-6 * (1 + std::fabs(expected[i]));
   }
   if (!good)
-    std::printf("FAILED rows %ld classes %ld dtypes %d %d T %g alpha %g smoothing %g inplace %d "
-                "masked %d: loss %.9g expected %.9g, gradient error %.3g of %.3g\n",
-                (long)c.rows, (long)c.classes, c.student, c.teacher, c.temperature, alpha,
-                c.smoothing, c.inplace, c.masked, loss[0], expected[0], std::sqrt(error),
-                std::sqrt(norm));
+    std::printf(
+        "FAILED rows %ld classes %ld dtypes %d %d T %g alpha %g smoothing %g inplace %d "
+        "masked %d: loss %.9g expected %.9g, gradient error %.3g of %.3g\n",
+        (long)c.rows, (long)c.classes, c.student, c.teacher, c.temperature, alpha, c.smoothing,
+        c.inplace, c.masked, loss[0], expected[0], std::sqrt(error), std::sqrt(norm));
   return good;
 }
 
@@ -173,8 +186,8 @@ int main() {
   std::mt19937 random(0);
   int failed = 0, done = 0;
   // Around every vector width and the block size; 70,000 elements wake the second thread.
-  for (int64_t classes : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 1000, 2047, 2048,
-                          2049, 4133, 35000})
+  for (int64_t classes :
+       {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 1000, 2047, 2048, 2049, 4133, 35000})
     for (int student = 0; student < 4; ++student)
       for (int teacher = 0; teacher < 4; ++teacher)
         for (double t : {0.7, 1.0, 2.0, 3.0, 4.0, 20.0}) {

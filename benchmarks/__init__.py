@@ -1,0 +1,1 @@
+"""Throughput comparisons: ``pytest benchmarks`` and ``python -m benchmarks.report``."""
