@@ -185,8 +185,8 @@ class _FusedKDLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         result = backend.run(student, teacher, labels, weight, options, want_terms, True, inplace)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.grad, ctx.grad_scale = options, result.grad, result.grad_scale
-        ctx.inplace = inplace
+        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
+        ctx.grad, ctx.grad_scale = result.grad, result.grad_scale
         if not inplace:
             ctx.save_for_backward(student, teacher, labels, weight)  # for a second derivative only
         if want_terms:
@@ -236,13 +236,7 @@ def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
         grad = grad.clone()  # what is handed over may be modified by whoever receives it
     else:
         ctx.grad = None
-    if incoming.dim() > 0:  # reduction="none": each row by its own incoming gradient
-        factor = incoming.unsqueeze(-1)
-        return grad.mul_(factor if ctx.grad_scale == 1 else factor / ctx.grad_scale)
-    if incoming.device.type == "cpu":
-        scalar = incoming.item() / ctx.grad_scale
-        return grad if scalar == 1 else grad.mul_(scalar)
-    return grad.mul_(incoming / ctx.grad_scale)
+    return ctx.backend.scale(grad, incoming, ctx.grad_scale)  # type: ignore[no-any-return]
 
 
 def _graph_is_kept() -> bool:

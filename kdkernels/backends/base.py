@@ -16,14 +16,29 @@ class Result(NamedTuple):
 
     ``grad`` is d(sum of loss)/d(student) times ``grad_scale``, a power of two that keeps float16
     gradients out of the subnormals; the backward divides it out, together with the scale that a
-    gradient scaler puts in.
+    gradient scaler puts in. It is a tensor where only the device knows it.
     """
 
     loss: Tensor
     soft: Tensor | None
     hard: Tensor | None
     grad: Tensor | None
-    grad_scale: float = 1.0
+    grad_scale: float | Tensor = 1.0
+
+
+def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
+    """``grad`` times what flows in from above, written over ``grad``; untouched if that is 1.
+
+    Args:
+        grad: (..., C), owned by the backward.
+        incoming: a scalar, or (...) for ``reduction="none"``: one factor per row.
+        grad_scale: divided out.
+    """
+    if incoming.dim() > 0:
+        factor = incoming.unsqueeze(-1)
+        return grad.mul_(factor / grad_scale if grad_scale != 1 else factor)
+    scalar = incoming.item() / grad_scale
+    return grad if scalar == 1 else grad.mul_(scalar)
 
 
 class Backend(Protocol):
@@ -54,4 +69,7 @@ class Backend(Protocol):
         want_grad: bool,
         inplace: bool,
     ) -> Result:
-        """Loss, on request its terms and the gradient; with ``inplace`` it lies over ``student``."""
+        """Loss, and on request its terms and the gradient (``inplace``: over ``student``)."""
+
+    def scale(self, grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
+        """:func:`scale_gradient` without making the host wait for the device."""

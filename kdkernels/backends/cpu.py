@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Result
+from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class CPUBackend:
             if dtype not in DTYPE_CODES:
                 return f"it has no kernel for {dtype}"
         return None
+
+    scale = staticmethod(scale_gradient)
 
     def run(
         self,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Result
+from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.reference import kd_terms
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class ReferenceBackend:
         self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
         return None
+
+    scale = staticmethod(scale_gradient)
 
     def run(
         self,
