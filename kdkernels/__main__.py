@@ -26,9 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kdkernels", description=kdkernels.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends can run here, and why others cannot")
-    train = commands.add_parser(
-        "train", help="distil on real images: a complete example"
-    )
+    train = commands.add_parser("train", help="distil on real images: a complete example")
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["train"]:  # info must work, and start fast, without the trainer
         from kdkernels.train import cli
