@@ -199,23 +199,21 @@ void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sum
     }
     add(f);
   }
-  for (; i < n; i += L) {
-    const int64_t left = n - i;
-    Four f = {};
-    if (left >= L) {
-      step(load(s + i), load(t + i), f, es, et, e1);
-      if (kStore) store(out_s + i, es);
-      if (kStore) store(out_t + i, et);
-      if (kStore && P == kOwnExponential) store(out_hard + i, e1);
-    } else {
-      const Real none = -INFINITY;
-      step(load_part(s + i, left, none), load_part(t + i, left, none), f, es, et, e1);
-      if (kStore) store_part(out_s + i, left, es);
-      if (kStore) store_part(out_t + i, left, et);
-      if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
-    }
-    add(f);
+  Four f = {};  // what is left is less than four vectors
+  for (; i + L <= n; i += L) {
+    step(load(s + i), load(t + i), f, es, et, e1);
+    if (kStore) store(out_s + i, es);
+    if (kStore) store(out_t + i, et);
+    if (kStore && P == kOwnExponential) store(out_hard + i, e1);
   }
+  if (const int64_t left = n - i) {
+    const Real none = -INFINITY;
+    step(load_part(s + i, left, none), load_part(t + i, left, none), f, es, et, e1);
+    if (kStore) store_part(out_s + i, left, es);
+    if (kStore) store_part(out_t + i, left, et);
+    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
+  }
+  add(f);
   sums.student += total(student);
   sums.teacher += total(teacher);
   sums.cross += total(cross);
@@ -242,8 +240,10 @@ Sums<Real> sweep1(const KdProblem& p, const void* student, const void* teacher, 
     raise_maxima(sums, e.student_max, e.teacher_max, inverse_t);
     exponentials<Real, P, kStore>(s, t, n, inverse_t, sums, out_s + at, scratch.teacher + at,
                                   scratch.hard + at);
-    if (kStore) scratch.student_max[b] = sums.student_max;
-    if (kStore) scratch.teacher_max[b] = sums.teacher_max;
+    if (kStore) {
+      scratch.student_max[b] = sums.student_max;
+      scratch.teacher_max[b] = sums.teacher_max;
+    }
   }
   return sums;
 }
@@ -334,41 +334,65 @@ struct SureClass {
   double gradient;
 };
 
-// The student's maximum: its exponential is exactly 1 in a block that saw it.
+// Sums over a block of all but the student's maximum. Its exponential is exactly 1 in the blocks
+// that saw it, and at no other class, or the sum that is below 1.5 would be 2: that of e^s if
+// `by_hard`, as at very high temperatures every e^(s/T) rounds to 1, else that of e^(s/T).
 template <typename Real>
-int64_t index_of_maximum(const KdProblem& p, const Sums<Real>& sums, const Real* es,
-                         const Scratch<Real>& scratch) {
-  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
-    if (scratch.student_max[b] != sums.student_max) continue;
-    const int64_t end = first + kBlock < p.classes ? first + kBlock : p.classes;
-    for (int64_t i = first; i < end; ++i)
-      if (es[i] == 1) return i;
+struct Others {
+  double student = 0, teacher = 0, hard = 0;
+  int64_t maximum = -1;  // index of the class left out
+};
+
+template <typename Real, int P>
+Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t n, bool saw_max,
+                        bool by_hard) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const V maximum = splat<Real>(saw_max ? 1 : 2);
+  WideVec<Real> student = {}, teacher = {}, hard = {};
+  Others<Real> others;
+  auto step = [&](V x, V y, V z, int64_t first) __attribute__((always_inline)) {
+    const auto left_out = (P == kOwnExponential && by_hard ? z : x) == maximum;
+    if (any(left_out))
+      for (int lane = 0; lane < L; ++lane)
+        if (left_out[lane]) others.maximum = first + lane;
+    student += widen(left_out ? V{} : x);
+    teacher += widen(left_out ? V{} : y);
+    if (P != kNoCrossEntropy)
+      hard += widen(left_out ? V{} : P == kOwnExponential ? z : power<P>(x));
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L)
+    step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}, i);
+  if (const int64_t left = n - i) {
+    const Real zero = 0;
+    const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
+    step(load_part(es + i, left, zero), load_part(et + i, left, zero), z, i);
   }
-  return -1;  // NaN
+  others.student = total(student), others.teacher = total(teacher), others.hard = total(hard);
+  return others;
 }
 
 template <typename Real, int P>
 SureClass sure_class(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
                      const Scratch<Real>& scratch, int64_t label) {
   const bool hard = P != kNoCrossEntropy;
-  if (!(sums.student < 1.5) && !(hard && sums.hard < 1.5)) return {-1, 0};
-  const int64_t sure = index_of_maximum(p, sums, es, scratch);
-  if (sure < 0) return {-1, 0};
+  const bool by_hard = hard && sums.hard < 1.5;
+  if (!(sums.student < 1.5) && !by_hard) return {-1, 0};
+  int64_t sure = -1;
   double not_q = 0, not_p = 0, not_r = 0;
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
-    const int64_t end = first + kBlock < p.classes ? first + kBlock : p.classes;
-    double q = 0, t = 0, r = 0;
-    for (int64_t i = first; i < end; ++i) {
-      if (i == sure) continue;
-      q += es[i];
-      t += scratch.teacher[i];
-      if (hard) r += P == kOwnExponential ? scratch.hard[i] : power<P>(es[i]);
-    }
+    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
+    const bool saw_max = scratch.student_max[b] == sums.student_max;
+    const Others<Real> others = sum_others<Real, P>(es + first, scratch.teacher + first,
+                                                    scratch.hard + first, n, saw_max, by_hard);
+    if (others.maximum >= 0) sure = first + others.maximum;
     const Step step = step_to(p, sums, scratch, b);
-    not_q += q * step.student;
-    not_p += t * step.teacher;
-    not_r += r * step.hard;
+    not_q += others.student * step.student;
+    not_p += others.teacher * step.teacher;
+    not_r += others.hard * step.hard;
   }
+  if (sure < 0) return {-1, 0};  // NaN
   double gradient = f.student == 0 ? 0 : rounded(f.teacher * not_p) - rounded(f.student * not_q);
   if (hard) {
     // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
@@ -401,7 +425,7 @@ void row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
 
   const double t = p.temperature;
   if (soft && p.want_soft) {
-    double kl = sums.cross / sums.teacher / t + (log(sums.student) - log(sums.teacher));
+    double kl = sums.cross / (sums.teacher * t) + log(sums.student / sums.teacher);
     if (kl < 0) kl = 0;  // rounding; KL is not negative
     if (sums.masked && kl == kl) kl = INFINITY;
     if (!(sums.student > 0)) kl = NAN;  // every class masked: no distribution

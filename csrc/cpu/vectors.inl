@@ -125,6 +125,14 @@ KD_INLINE Real fold(const Real* lanes, Combine combine) {
   }
 }
 
+// Whether a comparison holds in any lane.
+template <typename Mask>
+KD_INLINE bool any(Mask mask) {
+  typedef int64_t Words __attribute__((vector_size(sizeof mask)));
+  const Words words = (Words)mask;
+  return fold<sizeof words>((const int64_t*)&words, [](auto a, auto b) { return a | b; }) != 0;
+}
+
 template <typename W>
 KD_INLINE double total(W v) {
   return fold<sizeof(W)>((const double*)&v, [](auto a, auto b) { return a + b; });
