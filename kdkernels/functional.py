@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -239,9 +240,15 @@ def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     return ctx.backend.scale(grad, incoming, ctx.grad_scale)  # type: ignore[no-any-return]
 
 
-def _graph_is_kept() -> bool:
-    """Whether this backward runs under retain_graph=True."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+def _always() -> bool:
+    return True
+
+
+# Whether the backward under way runs with retain_graph=True. torch has no public name for it; one
+# that drops this name costs a copy per backward, not the result.
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", _always
+)
 
 
 def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
