@@ -22,10 +22,12 @@ from kdkernels.train.compare import (
     Outcome,
     Settings,
     compare,
+    model_options,
     save_metrics,
     summary,
 )
 from kdkernels.train.data import SOURCES, Splits, split
+from kdkernels.train.models import MODELS, parameters
 from kdkernels.train.plots import save_curves
 from kdkernels.train.progress import progress
 
@@ -185,9 +187,12 @@ def _run_folder(out: Path | None, data: str) -> Path:
 
 def _introduction(settings: Settings, splits: Splits) -> str:
     train, validation, test = (len(part) for part in splits)
+    options = model_options(settings, splits)
+    teacher, student = (f"{parameters(MODELS[m](**options)):,}" for m in ("resnet", "mobilenet"))
     return (
         f"{settings.data}: {train} training, {validation} validation and {test} test images\n"
-        f"teacher: trained on all {train} labels; student: {settings.labelled} labels, the other "
+        f"teacher: ResNet, {teacher} parameters, all {train} labels\n"
+        f"student: MobileNet, {student} parameters, {settings.labelled} labels, the other "
         f"{train - settings.labelled} images unlabelled\n"
     )
 

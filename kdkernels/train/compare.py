@@ -87,12 +87,18 @@ def compare(settings: Settings, splits: Splits, folder: Path, progress: Progress
     ]
 
 
+def model_options(settings: Settings, splits: Splits) -> dict[str, int]:
+    """The keyword arguments of both models."""
+    classes = len(splits.train.labels.unique())
+    return {"classes": classes, "stem_stride": settings.preset.stem_stride}
+
+
 def compare_seed(
     settings: Settings, splits: Splits, seed: int, folder: Path, progress: Progress
 ) -> Outcome:
     """Train the three models of one seed, test each once and save the distilled student."""
     preset = settings.preset
-    options = {"classes": len(splits.train.labels.unique()), "stem_stride": preset.stem_stride}
+    options = model_options(settings, splits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher, alone = MODELS["resnet"](**options), MODELS["mobilenet"](**options)
