@@ -1,0 +1,83 @@
+"""Breaks the kernels on purpose, one fault at a time, and expects the tests to notice.
+
+``python tests/mutate.py`` builds a copy of the tree for each fault and runs the numerical tests on
+it: a survivor is a promise that nothing tests. Minutes long, so not part of the ordinary run.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["test_numerics.py", "test_special_values.py", "test_autograd.py"]
+
+# (file, what stands there, what is put in its place)
+FAULTS = [
+    # T² left out of the value, of the gradient (T² / T), of one of the two logits.
+    ("csrc/cpu/rows.inl", "p.soft[i] = t * t * kl", "p.soft[i] = kl"),
+    ("csrc/cpu/run.cpp", "p.alpha * p.temperature / soft_rows", "p.alpha / soft_rows"),
+    ("csrc/cpu/rows.inl", "exp2_scaled(dt, soft_exponent)", "exp2_scaled(dt, hard_exponent)"),
+    # p and q swapped, in the value and in the gradient.
+    ("csrc/cpu/rows.inl", "f.cross += et * (dt - ds)", "f.cross += es * (ds - dt)"),
+    ("csrc/cpu/rows.inl", "rounded(a * x) - rounded(b * y)", "rounded(b * y) - rounded(a * x)"),
+    # Wrong denominators: all rows, not the active ones; the other softmax's sum.
+    ("csrc/cpu/run.cpp", "counts.soft ? static_cast<double>(counts.soft)", "true ? double(p.rows)"),
+    ("csrc/cpu/run.cpp", "c.hard += p.weight ? p.weight[label] : 1.0", "c.hard += 1.0"),
+    ("csrc/cpu/rows.inl", "p.soft_scale / sums.teacher", "p.soft_scale / sums.student"),
+    # The running maximum: not carried over to the next block, or not to the sums so far.
+    ("csrc/cpu/rows.inl", "sums.cross += sums.teacher * step;", ""),
+    ("csrc/cpu/rows.inl", "if (dt != 0) step.teacher = exp(dt * inverse_t);", ""),
+    ("csrc/cpu/rows.inl", "sums.hard *= seen == 0 ? 0.0 : exp(-step);", ""),
+    # Special values.
+    ("csrc/cpu/rows.inl", "if (sums.masked && kl == kl) kl = INFINITY;", ""),
+    ("csrc/cpu/rows.inl", "max == -INFINITY ? 0 : max", "max"),
+    ("csrc/cpu/rows.inl", "if (!p.soft_active(i)) {", "if (false) {"),
+    # Digits: the entry of a sure class, one rounding instead of two, float16's scale, the label.
+    ("csrc/cpu/rows.inl", "if (sure.index >= 0) {", "if (false) {"),
+    ("csrc/cpu/rows.inl", "rounded(a * x) - rounded(b * y)", "a * x - b * y"),
+    ("csrc/cpu/run.cpp", "p.student_dtype == kFloat16 ? float16_scale", "false ? float16_scale"),
+    ("csrc/cpu/rows.inl", "if (here) es[label] = (Real)at_label;", ""),
+    # Options.
+    ("csrc/cpu/rows.inl", "epsilon / (double)p.classes * spread", "epsilon * spread"),
+    ("csrc/cpu/rows.inl", "f.smooth * w;\n    if (label", "0;\n    if (label"),
+    ("csrc/cpu/vectors.inl", "(b >> 16) & 1u", "0u"),
+    # Plumbing.
+    ("kdkernels/backends/base.py", "incoming.unsqueeze(-1)", "incoming[:1].unsqueeze(-1)"),
+    ("kdkernels/functional.py", "grad = grad.clone()", "pass"),
+    ("kdkernels/functional.py", "grad = _differentiable_gradient(", "grad = _take_gradient("),
+]  # fmt: skip
+
+
+def survives(file: str, old: str, new: str) -> bool:
+    """Whether the tests still pass with the fault in a copy of the tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "kdkernels"
+        ignored = shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", ".*_cache", "runs")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        text = (copy / file).read_text(encoding="utf-8")
+        if text.count(old) == 0:
+            raise SystemExit(f"{file} no longer holds {old!r}: mend the list")
+        (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=copy, check=True, capture_output=True)
+        if not list((copy / "kdkernels").glob("_cpu.*.so")):
+            raise SystemExit(f"{file} does not compile with {new!r}")
+        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        tests += [str(copy / "tests" / name) for name in TESTS]
+        run = subprocess.run(tests, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)})
+        return run.returncode == 0
+
+
+def main() -> int:
+    survivors = [fault for fault in FAULTS if survives(*fault)]
+    for file, old, new in survivors:
+        print(f"SURVIVED in {file}: {old!r} -> {new!r}")
+    print(f"{len(FAULTS) - len(survivors)} of {len(FAULTS)} faults noticed")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
