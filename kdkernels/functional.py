@@ -1,172 +1,16 @@
-"""``kd_loss``: argument checks, choice of backend and the ``torch.autograd.Function``."""
+"""``kd_loss``: choice of backend and the ``torch.autograd.Function``."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends
+from kdkernels.checks import Options, check_inplace, check_options, check_tensors
 from kdkernels.reference import KDTerms, kd_terms
-
-REDUCTIONS = ("mean", "sum", "none")
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Options(NamedTuple):
-    """The checked options of one loss: all that does not change from call to call."""
-
-    temperature: float
-    alpha: float
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    distill_ignored: bool
-
-
-def _number(name: str, value: Any, expected: str) -> float:
-    # bool is an int to Python; a tensor would make the GPU wait for the host.
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    return float(value)
-
-
-def _check_options(
-    temperature: Any,
-    alpha: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    reduction: Any,
-    backend: Any = None,
-    distill_ignored: Any = False,
-) -> Options:
-    temperature = _number("temperature", temperature, "a finite number > 0")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    alpha = _number("alpha", alpha, "a number in [0, 1]")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    label_smoothing = _number("label_smoothing", label_smoothing, "a number in [0, 1]")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if backend is not None and backend not in backends.NAMES:
-        raise ValueError(f"backend must be None or one of {backends.NAMES}, got {backend!r}")
-    return Options(
-        temperature, alpha, int(ignore_index), label_smoothing, reduction, bool(distill_ignored)
-    )
-
-
-_cached_check_options = functools.lru_cache(maxsize=256, typed=True)(_check_options)
-
-
-def check_options(*options: Any) -> Options:
-    """The options as :class:`Options`; TypeError or ValueError names the one that is wrong."""
-    try:
-        return _cached_check_options(*options)
-    except TypeError:  # an unhashable value, or one of the wrong type: let the check name it
-        return _check_options(*options)
-
-
-def _check_tensors(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, alpha: float
-) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
-        if not logits.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point, got {logits.dtype}")
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"teacher_logits must have the shape of student_logits, {tuple(student.shape)}, "
-            f"got {tuple(teacher.shape)}"
-        )
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(
-            f"student_logits must be (..., C) with C >= 1 classes last, got {tuple(student.shape)}"
-        )
-    if teacher.device != student.device:
-        _wrong_device("teacher_logits", teacher, student)
-    if labels is None:
-        if alpha < 1:
-            raise ValueError(f"labels are missing: alpha must be 1 without them, got {alpha}")
-    elif not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a Tensor or None, got {type(labels).__name__}")
-    elif labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    elif labels.shape != student.shape[:-1]:
-        raise ValueError(
-            f"labels must have the shape of the logits without the class dimension, "
-            f"{tuple(student.shape[:-1])}, got {tuple(labels.shape)}"
-        )
-    elif labels.device != student.device:
-        _wrong_device("labels", labels, student)
-    if weight is not None:
-        _check_weight(weight, student)
-
-
-def _check_weight(weight: Tensor, student: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if weight.shape != student.shape[-1:]:
-        raise ValueError(
-            f"weight must hold one value per class, shape ({student.shape[-1]},), "
-            f"got {tuple(weight.shape)}"
-        )
-    if weight.device != student.device:
-        _wrong_device("weight", weight, student)
-    if weight.requires_grad:
-        raise ValueError("weight must not require grad: class weights are constants of the loss")
-
-
-def _wrong_device(name: str, tensor: Tensor, student: Tensor) -> NoReturn:
-    raise ValueError(
-        f"{name} must be on the device of student_logits, {student.device}, got {tensor.device}"
-    )
-
-
-def _check_inplace(student: Tensor, teacher: Tensor) -> None:
-    """inplace=True destroys the logits: refuse before anything is written where that is wrong."""
-    if student.is_leaf and student.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "inplace=True would overwrite student_logits, a leaf that requires grad; "
-            "it is meant for logits that a model computed"
-        )
-    if any(size > 1 and stride < span for size, stride, span in _dims_with_spans(student)):
-        raise ValueError(
-            f"inplace=True needs student_logits whose elements do not overlap, got strides "
-            f"{student.stride()} for shape {tuple(student.shape)}"
-        )
-    first, last = _byte_range(student)
-    teacher_first, teacher_last = _byte_range(teacher)
-    if student.numel() and first < teacher_last and teacher_first < last:
-        raise ValueError(
-            "inplace=True needs teacher_logits that share no memory with "
-            "student_logits, which are overwritten"
-        )
-
-
-def _dims_with_spans(t: Tensor) -> list[tuple[int, int, int]]:
-    """(size, stride, elements spanned by all the smaller strides) of each dimension."""
-    dims, span = [], 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        dims.append((size, stride, span))
-        span += (size - 1) * stride
-    return dims
-
-
-def _byte_range(t: Tensor) -> tuple[int, int]:
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
 
 
 class _FusedKDLoss(torch.autograd.Function):
@@ -189,7 +33,7 @@ class _FusedKDLoss(torch.autograd.Function):
         ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
         ctx.grad, ctx.grad_scale = result.grad, result.grad_scale
         if not inplace:
-            ctx.save_for_backward(student, teacher, labels, weight)  # for a second derivative only
+            _save_for_second_derivative(ctx, student, teacher, labels, weight)
         if want_terms:
             ctx.mark_non_differentiable(result.soft, result.hard)
         if inplace:
@@ -219,6 +63,15 @@ class _FusedKDLoss(torch.autograd.Function):
         else:
             grad = _take_gradient(ctx, incoming)
         return grad, None, None, None, None, None, None, None
+
+
+def _save_for_second_derivative(ctx: Any, student: Tensor, *constants: Tensor | None) -> None:
+    # torch refuses to save inference tensors. Nothing in training can modify them: keep them as
+    # they are.
+    ctx.constants = None
+    if any(t is not None and t.is_inference() for t in constants):
+        ctx.constants, constants = constants, (None, None, None)
+    ctx.save_for_backward(student, *constants)
 
 
 def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
@@ -258,6 +111,8 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
             "inplace=True overwrote student_logits: no second derivative (create_graph=True)"
         )
     student, teacher, labels, weight = ctx.saved_tensors
+    if ctx.constants is not None:
+        teacher, labels, weight = ctx.constants
     loss = kd_terms(student, teacher, labels, weight=weight, **ctx.options._asdict()).loss
     (grad,) = torch.autograd.grad(loss, student, incoming, create_graph=True)
     return grad  # type: ignore[no-any-return]
@@ -316,15 +171,23 @@ def kd_loss(
         RuntimeError: the named backend cannot run here, and why.
     """
     options = check_options(
-        temperature, alpha, ignore_index, label_smoothing, reduction, backend, distill_ignored
+        temperature,
+        alpha,
+        ignore_index,
+        label_smoothing,
+        reduction,
+        distill_ignored,
+        inplace,
+        return_terms,
+        backend,
     )
-    _check_tensors(student_logits, teacher_logits, labels, weight, options.alpha)
+    check_tensors(student_logits, teacher_logits, labels, weight, options.alpha)
     needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
     chosen = backends.select(
         backend, student_logits.device.type, student_logits.dtype, teacher_logits.dtype
     )
     if inplace:
-        _check_inplace(student_logits, teacher_logits)
+        check_inplace(student_logits, teacher_logits, labels, weight)
     if needs_grad and (chosen.name != "reference" or inplace):
         loss, soft, hard, _ = _FusedKDLoss.apply(
             student_logits, teacher_logits, labels, weight, options, chosen, inplace, return_terms

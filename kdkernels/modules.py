@@ -6,7 +6,8 @@ import inspect
 
 from torch import Tensor, nn
 
-from kdkernels.functional import check_options, kd_loss
+from kdkernels.checks import check_options, check_weight
+from kdkernels.functional import kd_loss
 from kdkernels.reference import KDTerms
 
 
@@ -58,9 +59,19 @@ class FusedKDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_options(temperature, alpha, ignore_index, label_smoothing, reduction, backend)
-        if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
+        check_options(
+            temperature,
+            alpha,
+            ignore_index,
+            label_smoothing,
+            reduction,
+            distill_ignored,
+            inplace,
+            return_terms,
+            backend,
+        )
+        if weight is not None:
+            check_weight(weight)
         self.temperature = temperature
         self.alpha = alpha
         self.ignore_index = ignore_index
@@ -94,6 +105,8 @@ class FusedKDLoss(nn.Module):
     def extra_repr(self) -> str:
         options = {name: value for name, value in vars(self).items() if name in _DEFAULTS}
         shown = {k: v for k, v in options.items() if k in _ALWAYS_SHOWN or v != _DEFAULTS[k]}
+        if self.weight is not None:
+            shown["weight"] = tuple(self.weight.shape)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

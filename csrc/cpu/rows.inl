@@ -403,6 +403,17 @@ SureClass sure_class(const KdProblem& p, const Sums<Real>& sums, const Factors& 
   return {sure, gradient};
 }
 
+template <typename Real, int P>
+void write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
+                    const Scratch<Real>& scratch, char* grad, int64_t label) {
+  const SureClass sure = sure_class<Real, P>(p, sums, f, es, scratch, label);
+  sweep2<Real, P>(p, sums, f, es, scratch, grad, label);
+  if (sure.index >= 0) {
+    const Real value = (Real)sure.gradient;
+    store_block(&value, 1, p.student_dtype, grad, sure.index);
+  }
+}
+
 inline int64_t element_size(KdDtype dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
@@ -452,12 +463,11 @@ void row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
     f.hard = (f.label + f.smooth_total) / sums.hard;
   }
   if (!grad) return;
-  const SureClass sure = sure_class<Real, P>(p, sums, f, es, scratch, label);
-  sweep2<Real, P>(p, sums, f, es, scratch, grad, label);
-  if (sure.index >= 0) {
-    const Real value = (Real)sure.gradient;
-    store_block(&value, 1, p.student_dtype, grad, sure.index);
-  }
+  // A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
+  if (P != kNoCrossEntropy && p.alpha == 1)
+    write_gradient<Real, kNoCrossEntropy>(p, sums, f, es, scratch, grad, label);
+  else
+    write_gradient<Real, P>(p, sums, f, es, scratch, grad, label);
 }
 
 template <typename Real>

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdkernels.functional import Options
+    from kdkernels.checks import Options
 
 
 class Result(NamedTuple):

@@ -13,7 +13,7 @@ from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
-    from kdkernels.functional import Options
+    from kdkernels.checks import Options
 
 try:
     # After torch, whose libgomp the kernel then finds and shares.
@@ -124,6 +124,8 @@ def _laid_out(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     Row i starts ``(i // inner) * outer + (i % inner) * step`` elements in: two levels, so that
     ``logits[:, :-1]`` of a (B, L, C) tensor needs no copy.
     """
+    if logits.is_neg():  # a lazy minus sign that a pointer does not show
+        logits = logits.detach().resolve_neg()
     shape, strides = logits.shape, logits.stride()
     if logits.is_contiguous():
         return logits, (1, shape[-1], 0)

@@ -11,7 +11,7 @@ from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.reference import kd_terms
 
 if TYPE_CHECKING:
-    from kdkernels.functional import Options
+    from kdkernels.checks import Options
 
 
 class ReferenceBackend:
@@ -58,6 +58,7 @@ class ReferenceBackend:
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    labels = labels.long()  # in eight bits, classes and ignore_index would wrap around
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bad.any():
         row = int(bad.reshape(-1).nonzero()[0])

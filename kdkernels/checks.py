@@ -1,0 +1,215 @@
+"""Argument checks: bad input raises here, before native code runs, and nothing has been changed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends
+
+REDUCTIONS = ("mean", "sum", "none")
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Options(NamedTuple):
+    """The checked options of one loss: all that does not change from call to call."""
+
+    temperature: float
+    alpha: float
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    distill_ignored: bool
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    # bool is an int to Python; a tensor would make the GPU wait for the host.
+    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except (TypeError, OverflowError):  # an array of several numbers; 10**400
+            pass
+    raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def _check_options(
+    temperature: Any,
+    alpha: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    reduction: Any,
+    distill_ignored: Any,
+    inplace: Any,
+    return_terms: Any,
+    backend: Any,
+) -> Options:
+    temperature = _number("temperature", temperature, "a finite number > 0")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    alpha = _number("alpha", alpha, "a number in [0, 1]")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    label_smoothing = _number("label_smoothing", label_smoothing, "a number in [0, 1]")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, got {ignore_index}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    switches = {
+        "distill_ignored": distill_ignored,
+        "inplace": inplace,
+        "return_terms": return_terms,
+    }
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if backend is not None and backend not in backends.NAMES:
+        raise ValueError(f"backend must be None or one of {backends.NAMES}, got {backend!r}")
+    return Options(
+        temperature, alpha, int(ignore_index), label_smoothing, reduction, distill_ignored
+    )
+
+
+_cached_check_options = functools.lru_cache(maxsize=256, typed=True)(_check_options)
+
+
+def check_options(*options: Any) -> Options:
+    """The options, in the order of ``kd_loss``'s signature without ``weight``, as :class:`Options`.
+
+    Raises:
+        TypeError, ValueError: naming the option that is wrong.
+    """
+    try:
+        return _cached_check_options(*options)
+    except TypeError:  # an unhashable value, or one of the wrong type: let the check name it
+        return _check_options(*options)
+
+
+def check_tensors(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, alpha: float
+) -> None:
+    """Types, dtypes, shapes and devices of one call.
+
+    Raises:
+        TypeError, ValueError: naming the tensor that is wrong.
+    """
+    _check_kind("student_logits", student)
+    _check_kind("teacher_logits", teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher_logits must have the shape of student_logits, {tuple(student.shape)}, "
+            f"got {tuple(teacher.shape)}"
+        )
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(
+            f"student_logits must be (..., C) with C >= 1 classes last, got {tuple(student.shape)}"
+        )
+    if teacher.device != student.device:
+        _wrong_device("teacher_logits", teacher, student)
+    if labels is not None:
+        _check_labels(labels, student)
+    elif alpha < 1:
+        raise ValueError(f"labels are missing: alpha must be 1 without them, got {alpha}")
+    if weight is not None:
+        check_weight(weight)
+        if weight.shape != student.shape[-1:]:
+            raise ValueError(
+                f"weight must hold one value per class, shape ({student.shape[-1]},), "
+                f"got {tuple(weight.shape)}"
+            )
+        if weight.device != student.device:
+            _wrong_device("weight", weight, student)
+
+
+def check_weight(weight: Tensor) -> None:
+    """What can be said of class weights before the logits are known."""
+    _check_kind("weight", weight, "a Tensor or None")
+    if weight.requires_grad:
+        raise ValueError("weight must not require grad: class weights are constants of the loss")
+
+
+def _check_kind(name: str, tensor: Any, expected: str = "a Tensor") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided (dense) Tensor, got {tensor.layout}")
+
+
+def _check_labels(labels: Any, student: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a Tensor or None, got {type(labels).__name__}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"labels must be integers (int64, int32, int16, int8 or uint8), got {labels.dtype}"
+        )
+    if labels.layout is not torch.strided:
+        raise TypeError(f"labels must be a strided (dense) Tensor, got {labels.layout}")
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of the logits without the class dimension, "
+            f"{tuple(student.shape[:-1])}, got {tuple(labels.shape)}"
+        )
+    if labels.device != student.device:
+        _wrong_device("labels", labels, student)
+
+
+def _wrong_device(name: str, tensor: Tensor, student: Tensor) -> NoReturn:
+    raise ValueError(
+        f"{name} must be on the device of student_logits, {student.device}, got {tensor.device}"
+    )
+
+
+def check_inplace(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None
+) -> None:
+    """inplace=True destroys the logits: refuse before anything is written where that is wrong.
+
+    Raises:
+        ValueError: saying what else would be overwritten.
+    """
+    # A view of a parameter is not a leaf itself; its base is.
+    base = student._base
+    written = (student,) if base is None else (student, base)
+    if torch.is_grad_enabled() and any(t.is_leaf and t.requires_grad for t in written):
+        raise ValueError(
+            "inplace=True would overwrite student_logits, a leaf that requires grad or a view of "
+            "one; it is meant for logits that a model computed"
+        )
+    if any(size > 1 and stride < span for size, stride, span in _dims_with_spans(student)):
+        raise ValueError(
+            f"inplace=True needs student_logits whose elements do not overlap, got strides "
+            f"{student.stride()} for shape {tuple(student.shape)}"
+        )
+    first, last = _byte_range(student)
+    for name, other in (("teacher_logits", teacher), ("labels", labels), ("weight", weight)):
+        if other is None or not (student.numel() and other.numel()):
+            continue
+        other_first, other_last = _byte_range(other)
+        if first < other_last and other_first < last:
+            raise ValueError(
+                f"inplace=True needs {name} outside the memory that student_logits span, as that "
+                "is overwritten"
+            )
+
+
+def _dims_with_spans(t: Tensor) -> list[tuple[int, int, int]]:
+    """(size, stride, elements spanned by all the smaller strides) of each dimension."""
+    dims, span = [], 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        dims.append((size, stride, span))
+        span += (size - 1) * stride
+    return dims
+
+
+def _byte_range(t: Tensor) -> tuple[int, int]:
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
