@@ -184,6 +184,11 @@ def check_inplace(
             "inplace=True would overwrite student_logits, a leaf that requires grad or a view of "
             "one; it is meant for logits that a model computed"
         )
+    if torch.is_grad_enabled() and student.requires_grad and _is_protected_view(student):
+        raise ValueError(
+            "inplace=True cannot write to student_logits, one of several views that one operation "
+            "returned (split, chunk, unbind) or a view made under no_grad: take a slice instead"
+        )
     if any(size > 1 and stride < span for size, stride, span in _dims_with_spans(student)):
         raise ValueError(
             f"inplace=True needs student_logits whose elements do not overlap, got strides "
@@ -199,6 +204,14 @@ def check_inplace(
                 f"inplace=True needs {name} outside the memory that student_logits span, as that "
                 "is overwritten"
             )
+
+
+def _is_protected_view(t: Tensor) -> bool:
+    """Whether autograd lets nobody write to this view; false if torch no longer tells."""
+    creation_meta = getattr(torch._C._autograd, "_get_creation_meta", None)
+    if creation_meta is None or not t._is_view():
+        return False
+    return bool(creation_meta(t) != torch._C._autograd.CreationMeta.DEFAULT)
 
 
 def _dims_with_spans(t: Tensor) -> list[tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,26 +36,12 @@ class _FusedKDLoss(torch.autograd.Function):
             _save_for_second_derivative(ctx, student, teacher, labels, weight)
         if want_terms:
             ctx.mark_non_differentiable(result.soft, result.hard)
-        if inplace:
-            if student._is_view():
-                # autograd takes no view among several outputs; the version counter still tells
-                # every node that saved these logits.
-                torch.autograd.graph.increment_version(student)
-            else:
-                ctx.mark_dirty(student)
-                ctx.version = student._version + 1
-                return result.loss, result.soft, result.hard, student
-            ctx.version = student._version
-        return result.loss, result.soft, result.hard, None
+        ctx.version = student._version + 1  # one more by _Overwritten
+        return result.loss, result.soft, result.hard
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        incoming, overwritten = grads[0], grads[3]
-        if overwritten is not None:
-            raise RuntimeError(
-                "student_logits were used again after inplace=True had overwritten them with "
-                "their gradient; use inplace=False, or compute the other loss first"
-            )
+        incoming = grads[0]
         if incoming is None:
             grad = None
         elif torch.is_grad_enabled():
@@ -63,6 +49,26 @@ class _FusedKDLoss(torch.autograd.Function):
         else:
             grad = _take_gradient(ctx, incoming)
         return grad, None, None, None, None, None, None, None
+
+
+class _Overwritten(torch.autograd.Function):
+    """Tells autograd that the logits hold their gradient now: whoever uses them next gets an error.
+
+    A function of its own, after the loss has tied itself to what the logits were, because autograd
+    takes a view that is written to only as the single output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(student)
+        return student
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:  # type: ignore[override]
+        raise RuntimeError(
+            "student_logits were used again after inplace=True had overwritten them with "
+            "their gradient; use inplace=False, or compute the other loss first"
+        )
 
 
 def _save_for_second_derivative(ctx: Any, student: Tensor, *constants: Tensor | None) -> None:
@@ -189,9 +195,11 @@ def kd_loss(
     if inplace:
         check_inplace(student_logits, teacher_logits, labels, weight)
     if needs_grad and (chosen.name != "reference" or inplace):
-        loss, soft, hard, _ = _FusedKDLoss.apply(
+        loss, soft, hard = _FusedKDLoss.apply(
             student_logits, teacher_logits, labels, weight, options, chosen, inplace, return_terms
         )
+        if inplace:
+            _Overwritten.apply(student_logits)
         return KDTerms(loss, soft, hard) if return_terms else loss
     loss, soft, hard, *_ = chosen.run(
         student_logits, teacher_logits, labels, weight, options, return_terms, False, False

@@ -17,37 +17,41 @@ TESTS = ["test_numerics.py", "test_special_values.py", "test_autograd.py"]
 # (file, what stands there, what is put in its place)
 FAULTS = [
     # T² left out of the value, of the gradient (T² / T), of one of the two logits.
-    ("csrc/cpu/rows.inl", "p.soft[i] = t * t * kl", "p.soft[i] = kl"),
+    ("csrc/cpu/rows.inl", "return t * t * kl", "return kl"),
     ("csrc/cpu/run.cpp", "p.alpha * p.temperature / soft_rows", "p.alpha / soft_rows"),
-    ("csrc/cpu/rows.inl", "exp2_scaled(dt, soft_exponent)", "exp2_scaled(dt, hard_exponent)"),
+    ("csrc/cpu/sweeps.inl", "exp2_scaled(dt, soft_exponent)", "exp2_scaled(dt, hard_exponent)"),
     # p and q swapped, in the value and in the gradient.
-    ("csrc/cpu/rows.inl", "f.cross += et * (dt - ds)", "f.cross += es * (ds - dt)"),
-    ("csrc/cpu/rows.inl", "rounded(a * x) - rounded(b * y)", "rounded(b * y) - rounded(a * x)"),
+    ("csrc/cpu/sweeps.inl", "f.cross += et * (dt - ds)", "f.cross += es * (ds - dt)"),
+    ("csrc/cpu/sweeps.inl", "rounded(a * x) - rounded(b * y)", "rounded(b * y) - rounded(a * x)"),
     # Wrong denominators: all rows, not the active ones; the other softmax's sum.
     ("csrc/cpu/run.cpp", "counts.soft ? static_cast<double>(counts.soft)", "true ? double(p.rows)"),
     ("csrc/cpu/run.cpp", "c.hard += p.weight ? p.weight[label] : 1.0", "c.hard += 1.0"),
     ("csrc/cpu/rows.inl", "p.soft_scale / sums.teacher", "p.soft_scale / sums.student"),
     # The running maximum: not carried over to the next block, or not to the sums so far.
-    ("csrc/cpu/rows.inl", "sums.cross += sums.teacher * step;", ""),
-    ("csrc/cpu/rows.inl", "if (dt != 0) step.teacher = exp(dt * inverse_t);", ""),
-    ("csrc/cpu/rows.inl", "sums.hard *= seen == 0 ? 0.0 : exp(-step);", ""),
+    ("csrc/cpu/sweeps.inl", "sums.cross += sums.teacher * step;", ""),
+    ("csrc/cpu/sweeps.inl", "if (dt != 0) step.teacher = exp(dt * inverse_t);", ""),
+    ("csrc/cpu/sweeps.inl", "sums.hard *= seen == 0 ? 0.0 : exp(-step);", ""),
     # Special values.
     ("csrc/cpu/rows.inl", "if (sums.masked && kl == kl) kl = INFINITY;", ""),
-    ("csrc/cpu/rows.inl", "max == -INFINITY ? 0 : max", "max"),
+    ("csrc/cpu/sweeps.inl", "max == -INFINITY ? 0 : max", "max"),
     ("csrc/cpu/rows.inl", "if (!p.soft_active(i)) {", "if (false) {"),
-    # Digits: the entry of a sure class, one rounding instead of two, float16's scale, the label.
-    ("csrc/cpu/rows.inl", "if (sure.index >= 0) {", "if (false) {"),
-    ("csrc/cpu/rows.inl", "rounded(a * x) - rounded(b * y)", "a * x - b * y"),
+    # Digits: the entries that cancel, one rounding instead of two, rows redone in double, float16.
+    ("csrc/cpu/rows.inl", "if (e.index >= 0) store_block", "if (false) store_block"),
+    ("csrc/cpu/rows.inl", "entries[0].index = -1;", "entries[1].index = -1;"),
+    ("csrc/cpu/sweeps.inl", "rounded(a * x) - rounded(b * y)", "a * x - b * y"),
+    ("csrc/cpu/rows.inl", "return !(error > kLossBound * (1 + loss))", "return true"),
+    ("csrc/cpu/rows.inl", "return !(error * kEpsilon * kEpsilon > squares", "return !(0 > squares"),
+    ("csrc/cpu/rows.inl", "sizeof(Real) == 4 && p.grad == p.student", "false"),
     ("csrc/cpu/run.cpp", "p.student_dtype == kFloat16 ? float16_scale", "false ? float16_scale"),
-    ("csrc/cpu/rows.inl", "if (here) es[label] = (Real)at_label;", ""),
-    # Options.
-    ("csrc/cpu/rows.inl", "epsilon / (double)p.classes * spread", "epsilon * spread"),
-    ("csrc/cpu/rows.inl", "f.smooth * w;\n    if (label", "0;\n    if (label"),
     ("csrc/cpu/vectors.inl", "(b >> 16) & 1u", "0u"),
+    # Label smoothing.
+    ("csrc/cpu/rows.inl", "smooth * (p.weight_sum * (lse", "(p.weight_sum * (lse"),
+    ("csrc/cpu/sweeps.inl", "f.smooth * w;\n    if (label", "0;\n    if (label"),
     # Plumbing.
     ("kdkernels/backends/base.py", "incoming.unsqueeze(-1)", "incoming[:1].unsqueeze(-1)"),
     ("kdkernels/functional.py", "grad = grad.clone()", "pass"),
     ("kdkernels/functional.py", "grad = _differentiable_gradient(", "grad = _take_gradient("),
+    ("kdkernels/functional.py", "ctx.mark_dirty(student)", "pass"),
 ]  # fmt: skip
 
 

@@ -122,6 +122,25 @@ def test_a_gradient_of_differences_keeps_its_digits(classes):
             assert (x.grad.double() - truth).norm() <= 2e-6 * truth.norm()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("alpha", [0.9, 1.0])
+@pytest.mark.parametrize("classes", [2, 10, 100, 2049, 32000])
+def test_a_student_close_to_its_teacher_still_gets_a_gradient(classes, alpha, inplace):
+    """q - p is a small difference of exponentials: float32 alone would leave 1e-7 / |q - p|."""
+    for distance, temperature in itertools.product((1e-1, 1e-2, 1e-4), (1.0, 2.0, 4.0, 20.0)):
+        _, t, y = inputs(3, classes)
+        s = t + distance * inputs(3, classes, 1.0, seed=1)[0]
+        s[1] = t[1] + 1.0  # the same distribution: exactly no divergence
+        loss, _, _, truth = oracle(s, t, y, temperature=temperature, alpha=alpha)
+        x = s.clone().requires_grad_()
+        got = kd_loss(x * 1, t, y, temperature=temperature, alpha=alpha, inplace=inplace)
+        got.backward()
+        assert abs(got.double() - loss) <= LOSS_BOUND * (1 + loss)
+        for row in (0, 2):
+            error = (x.grad[row].double() - truth[row]).norm()
+            assert error <= GRAD_BOUND[torch.float32] * truth[row].norm() + 1e-12
+
+
 def test_the_loss_is_accumulated_in_float32_for_half_precision():
     """A sum of 8,192 rows in fp16 or bf16 overflows or stalls (Liger-Kernel #300)."""
     for dtype in (torch.float16, torch.bfloat16):

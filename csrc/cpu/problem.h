@@ -32,7 +32,7 @@ struct KdProblem {
   // Filled in by kd_run before the rows are visited.
   double weight_sum;              // sum of the class weights, C without any
   double soft_scale, hard_scale;  // of the gradient of a row's KL / cross entropy
-  bool in_double;                 // see needs_double in run.cpp
+  bool in_double;                 // one of the inputs is float64
   double* soft;                   // [rows] T^2 KL
   double* hard;                   // [rows] cross entropy
 
@@ -49,8 +49,8 @@ struct KdProblem {
 // Elements handled between two looks at the running maximum: both rows' blocks stay in L1.
 constexpr int64_t kBlock = 2048;
 
-// Reals that one thread needs for kd_rows_*: three rows of exponentials (blocks, where no gradient
-// is asked for), each rounded up to whole cache lines, and two maxima per block.
+// Doubles that one thread needs for kd_rows_*: three rows of exponentials (blocks, where no
+// gradient is asked for), each rounded up to whole cache lines, and two maxima per block.
 KD_INLINE int64_t kd_scratch_row(const KdProblem& p) {
   return ((p.grad && p.classes > kBlock ? p.classes : kBlock) + 15) / 16 * 16;
 }

@@ -20,406 +20,114 @@ namespace {
 
 #include "vectors.inl"
 
-constexpr double kLog2E = 1.4426950408889634074;
-// Stands for -inf once the maximum is subtracted: times a probability of 0 it is 0 and not NaN.
-constexpr double kMasked = -1e30;
+#include "sweeps.inl"
 
-// How the cross entropy's e^s is had from the divergence's e^(s/T): not at all, by raising it to
-// the integer power T, or by an exponential of its own.
-enum Power : int { kNoCrossEntropy = 0, kOwnExponential = -1 };
+// ---- is float32 enough? ------------------------------------------------------------------------
 
-template <typename Real>
-struct Scratch {
-  Real *student, *teacher, *hard;   // [C] exponentials; [kBlock] where no gradient is asked for
-  Real *student_max, *teacher_max;  // [blocks] the maxima each block's exponentials refer to
-};
+// A float32 exponential is off by up to about this much of itself. The loss multiplies that by T^2,
+// and the gradient is a difference of exponentials that may be small: a row that this puts at risk
+// is visited again in double. At T <= 4 the loss is never at risk.
+constexpr double kEpsilon = 0x1p-24;
+constexpr double kLossBound = 2e-6;  // what the package promises, of 1 + loss
 
-// Sums over the classes seen so far, relative to the running maxima.
-template <typename Real>
-struct Sums {
-  Real student_max, teacher_max;
-  double student;  // sum e^((s - max)/T)
-  double teacher;  // sum e^((t - max)/T)
-  double cross;    // sum e^((t - max)/T) * ((t - max) - (s - max))
-  double hard;     // sum e^(s - max)
-  double smooth;   // sum w * s, for label smoothing
-  bool masked;     // the student has -inf where the teacher has mass
-};
+// Of the gradient's norm: half of what the package promises, as products are rounded, too.
+inline double gradient_bound(KdDtype dtype) { return dtype == kFloat32 ? 1e-6 : 0x1p-13; }
 
-template <typename Real>
-inline Real reference_of(Real max) {
-  return max == -INFINITY ? 0 : max;
-}
+// What the errors of a distribution's exponentials do to the logarithm of their sum. They do not
+// average out over the classes: equal logits have equal errors. The largest one is exactly 1.
+inline double share_of_others(double sum) { return (sum - 1) / sum; }
 
-// A block of a row as Real: the row itself, or `scratch` filled with the converted values.
-template <typename Real>
-inline const Real* load_block(const void* row, KdDtype dtype, int64_t first, int64_t n,
-                              Real* scratch) {
-  switch (dtype) {
-    case kFloat32:
-      if (sizeof(Real) == 4) return (const Real*)row + first;
-      convert_in<float>((const float*)row + first, n, scratch);
-      break;
-    case kBFloat16:
-      convert_in<BFloat16>((const uint16_t*)row + first, n, scratch);
-      break;
-    case kFloat16:
-      convert_in<Float16>((const uint16_t*)row + first, n, scratch);
-      break;
-    case kFloat64:
-      if (sizeof(Real) == 8) return (const Real*)row + first;
-      convert_in<double>((const double*)row + first, n, scratch);
-      break;
-  }
-  return scratch;
+// At most the sum of the squared probabilities, of which the largest is 1 / sum.
+inline double squared(double sum) { return 1 / sum; }
+// The same without the largest, whose exponential is exactly 1.
+inline double squared_others(double sum) {
+  const double others = sum - 1;
+  return (others < 1 ? others * others : others) / (sum * sum);
 }
 
 template <typename Real>
-inline Real load_one(const void* row, KdDtype dtype, int64_t i) {
-  Real buffer = 0;
-  return *load_block<Real>(row, dtype, i, 1, &buffer);
-}
-
-template <typename Real>
-inline void store_block(const Real* values, int64_t n, KdDtype dtype, void* row, int64_t first) {
-  switch (dtype) {
-    case kFloat32:
-      convert_out<float>(values, n, (float*)row + first);
-      break;
-    case kBFloat16:
-      convert_out<BFloat16>(values, n, (uint16_t*)row + first);
-      break;
-    case kFloat16:
-      convert_out<Float16>(values, n, (uint16_t*)row + first);
-      break;
-    case kFloat64:
-      convert_out<double>(values, n, (double*)row + first);
-      break;
-  }
-}
-
-template <typename Real>
-struct Extremes {
-  Real student_max, student_min, teacher_max;
-};
-
-template <typename Real>
-Extremes<Real> extremes(const Real* s, const Real* t, int64_t n) {
-  typedef Vec<Real> V;
-  constexpr int L = Lanes<Real>::kCount;
-  const Real inf = INFINITY;
-  V high = splat<Real>(-inf), low = splat<Real>(inf), teacher = splat<Real>(-inf);
-  auto step = [&](V x, V y) __attribute__((always_inline)) {
-    high = x > high ? x : high;
-    low = x < low ? x : low;
-    teacher = y > teacher ? y : teacher;
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) step(load(s + i), load(t + i));
-  const Real none = NAN;  // compares neither way
-  if (i < n) step(load_part(s + i, n - i, none), load_part(t + i, n - i, none));
-  return {highest<Real>(high), lowest<Real>(low), highest<Real>(teacher)};
-}
-
-// Moves the sums over to new maxima, so that the next block can be added.
-template <typename Real>
-void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max, double inverse_t) {
-  if (student_max > sums.student_max) {
-    double step = (double)student_max - reference_of(sums.student_max);
-    double seen = sums.student_max == -INFINITY ? 0.0 : 1.0;  // e^step of a -inf may overflow
-    sums.student *= seen == 0 ? 0.0 : exp(-step * inverse_t);
-    sums.hard *= seen == 0 ? 0.0 : exp(-step);
-    sums.cross += sums.teacher * step;
-    sums.student_max = student_max;
-  }
-  if (teacher_max > sums.teacher_max) {
-    double step = (double)teacher_max - reference_of(sums.teacher_max);
-    double factor = sums.teacher_max == -INFINITY ? 0.0 : exp(-step * inverse_t);
-    sums.cross = factor == 0 ? 0.0 : factor * (sums.cross - sums.teacher * step);
-    sums.teacher *= factor;
-    sums.teacher_max = teacher_max;
-  }
-}
-
-template <int P, typename V>
-KD_INLINE V power(V x) {
-  if (P == 1) return x;
-  if (P == 2) return x * x;
-  if (P == 3) return x * x * x;
-  V square = x * x;
-  return square * square;
-}
-
-// The block's exponentials, and their sums added to `sums`. Four vectors are summed in Real before
-// they are widened: that error is below the exponentials' own.
-template <typename Real, int P, bool kStore>
-void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sums<Real>& sums,
-                  Real* out_s, Real* out_t, Real* out_hard) {
-  typedef Vec<Real> V;
-  constexpr int L = Lanes<Real>::kCount;
-  const Exponent<Real> soft_exponent(kLog2E * inverse_t), hard_exponent(kLog2E);
-  const V student_max = splat<Real>(reference_of(sums.student_max));
-  const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
-  const V masked = splat<Real>((Real)kMasked);
-  WideVec<Real> student = {}, teacher = {}, cross = {}, hard = {};
-  struct Four {
-    V student, teacher, cross, hard;
-  };
-
-  auto step = [&](V x, V y, Four& f, V& es, V& et, V& e1) __attribute__((always_inline)) {
-    V ds = at_least(x - student_max, masked);
-    V dt = at_least(y - teacher_max, masked);
-    es = exp2_scaled(ds, soft_exponent);
-    et = exp2_scaled(dt, soft_exponent);
-    f.student += es;
-    f.teacher += et;
-    f.cross += et * (dt - ds);
-    if (P == kNoCrossEntropy) return;
-    e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
-    f.hard += e1;
-  };
-  auto add = [&](const Four& f) __attribute__((always_inline)) {
-    student += widen(f.student);
-    teacher += widen(f.teacher);
-    cross += widen(f.cross);
-    if (P != kNoCrossEntropy) hard += widen(f.hard);
-  };
-
-  V es, et, e1;
-  int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    Four f = {};
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
-      int64_t j = i + u * L;
-      step(load(s + j), load(t + j), f, es, et, e1);
-      if (kStore) store(out_s + j, es);
-      if (kStore) store(out_t + j, et);
-      if (kStore && P == kOwnExponential) store(out_hard + j, e1);
-    }
-    add(f);
-  }
-  Four f = {};  // what is left is less than four vectors
-  for (; i + L <= n; i += L) {
-    step(load(s + i), load(t + i), f, es, et, e1);
-    if (kStore) store(out_s + i, es);
-    if (kStore) store(out_t + i, et);
-    if (kStore && P == kOwnExponential) store(out_hard + i, e1);
-  }
-  if (const int64_t left = n - i) {
-    const Real none = -INFINITY;
-    step(load_part(s + i, left, none), load_part(t + i, left, none), f, es, et, e1);
-    if (kStore) store_part(out_s + i, left, es);
-    if (kStore) store_part(out_t + i, left, et);
-    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
-  }
-  add(f);
-  sums.student += total(student);
-  sums.teacher += total(teacher);
-  sums.cross += total(cross);
-  sums.hard += total(hard);
-}
-
-template <typename Real, int P, bool kStore>
-Sums<Real> sweep1(const KdProblem& p, const void* student, const void* teacher, Real* out_s,
-                  const Scratch<Real>& scratch) {
-  Sums<Real> sums = {(Real)-INFINITY, (Real)-INFINITY, 0, 0, 0, 0, 0, false};
-  const double inverse_t = 1.0 / p.temperature;
-  const bool smoothing = P != kNoCrossEntropy && p.label_smoothing > 0;
-  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
-    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
-    const int64_t at = kStore ? first : 0;
-    const Real* s = load_block<Real>(student, p.student_dtype, first, n, scratch.student + at);
-    const Real* t = load_block<Real>(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
-    const Extremes<Real> e = extremes(s, t, n);
-    if (e.student_min == -INFINITY)
-      for (int64_t i = 0; i < n; ++i) sums.masked |= s[i] == -INFINITY && t[i] > -INFINITY;
-    if (smoothing)
-      for (int64_t i = 0; i < n; ++i)
-        sums.smooth += p.weight ? p.weight[first + i] * s[i] : (double)s[i];
-    raise_maxima(sums, e.student_max, e.teacher_max, inverse_t);
-    exponentials<Real, P, kStore>(s, t, n, inverse_t, sums, out_s + at, scratch.teacher + at,
-                                  scratch.hard + at);
-    if (kStore) {
-      scratch.student_max[b] = sums.student_max;
-      scratch.teacher_max[b] = sums.teacher_max;
-    }
-  }
-  return sums;
-}
-
-// What sweep 2 multiplies the exponentials with, before each block's own maxima come in.
-struct Factors {
-  double student, teacher;  // of q and p
-  double hard;              // of r
-  double smooth;            // of the class weights: -epsilon / C
-  double smooth_total;      // the same summed over the classes, without its sign
-  double label;             // taken off at the label
-};
-
-// From the maxima that block b's exponentials refer to, to the row's.
-struct Step {
-  double student, teacher, hard;
-};
-
-template <typename Real>
-inline Step step_to(const KdProblem& p, const Sums<Real>& sums, const Scratch<Real>& scratch,
-                    int64_t b) {
-  const double inverse_t = 1.0 / p.temperature;
-  const double ds = (double)scratch.student_max[b] - sums.student_max;
-  const double dt = (double)scratch.teacher_max[b] - sums.teacher_max;
-  Step step = {1, 1, 1};
-  if (ds != 0) step.student = exp(ds * inverse_t), step.hard = exp(ds);
-  if (dt != 0) step.teacher = exp(dt * inverse_t);
-  return step;
-}
-
-// One block of gradient, left in `es`.
-template <typename Real, int P>
-void gradient_block(Real* es, const Real* et, const Real* e1, int64_t n, double student,
-                    double teacher, double hard, double constant) {
-  typedef Vec<Real> V;
-  constexpr int L = Lanes<Real>::kCount;
-  const V a = splat<Real>((Real)student), b = splat<Real>((Real)teacher);
-  const V c = splat<Real>((Real)hard), d = splat<Real>((Real)constant);
-  auto step = [&](V x, V y, V z) __attribute__((always_inline)) {
-    V g = rounded(a * x) - rounded(b * y);
-    if (P == kNoCrossEntropy) return g;
-    return g + (c * (P == kOwnExponential ? z : power<P>(x)) - d);
-  };
-  int64_t i = 0;
-#pragma GCC unroll 4
-  for (; i + L <= n; i += L)
-    store(es + i, step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}));
-  if (const int64_t left = n - i) {
-    const Real zero = 0;
-    V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
-    store_part(es + i, left, step(load_part(es + i, left, zero), load_part(et + i, left, zero), z));
-  }
+bool loss_is_exact(const KdProblem& p, const Sums<Real>& sums, double loss) {
+  if (sizeof(Real) == 8) return true;
+  const double shares = share_of_others(sums.student) + share_of_others(sums.teacher);
+  const double error = p.temperature * p.temperature * kEpsilon * shares;
+  return !(error > kLossBound * (1 + loss));  // NaN is as exact as it gets
 }
 
 template <typename Real, int P>
-void sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
-            const Scratch<Real>& scratch, char* grad, int64_t label) {
-  // Without a soft term the teacher must not be touched: 0 * NaN.
-  const Real* et = f.student == 0 && f.teacher == 0 ? es : scratch.teacher;
-  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
-    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
-    const Step step = step_to(p, sums, scratch, b);
-    const double q = f.student * step.student;
-    const double t = f.teacher == 0 ? 0 : f.teacher * step.teacher;
-    const double r = f.hard * step.hard;
-    // The label's entry is one sum in double: r_y - 1 cancels.
-    const bool here = P != kNoCrossEntropy && label >= first && label < first + n;
-    double at_label = 0;
-    if (here) {
-      const double x = es[label],
-                   z = P == kOwnExponential ? (double)scratch.hard[label] : (double)power<P>(x);
-      const double w = p.weight ? p.weight[label] : 1.0;
-      at_label = q * x - t * (double)et[label] + (r * z - f.label) + f.smooth * w;
-    }
-    const double constant = p.weight ? 0.0 : -f.smooth;
-    gradient_block<Real, P>(es + first, et + first, scratch.hard + first, n, q, t, r, constant);
-    if (P != kNoCrossEntropy && p.weight && f.smooth != 0)
-      for (int64_t i = first; i < first + n; ++i) es[i] += (Real)(f.smooth * p.weight[i]);
-    if (here) es[label] = (Real)at_label;
-    if ((char*)es != grad) store_block(es + first, n, p.student_dtype, grad, first);
-  }
-}
-
-// Where the student is sure of a class, that entry of the gradient is a difference of two numbers
-// near 1 and keeps few digits: 1 - q, 1 - p and 1 - r have to be summed over the other classes.
-struct SureClass {
-  int64_t index;  // -1: no such class
-  double gradient;
-};
-
-// Sums over a block of all but the student's maximum. Its exponential is exactly 1 in the blocks
-// that saw it, and at no other class, or the sum that is below 1.5 would be 2: that of e^s if
-// `by_hard`, as at very high temperatures every e^(s/T) rounds to 1, else that of e^(s/T).
-template <typename Real>
-struct Others {
-  double student = 0, teacher = 0, hard = 0;
-  int64_t maximum = -1;  // index of the class left out
-};
-
-template <typename Real, int P>
-Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t n, bool saw_max,
-                        bool by_hard) {
-  typedef Vec<Real> V;
-  constexpr int L = Lanes<Real>::kCount;
-  const V maximum = splat<Real>(saw_max ? 1 : 2);
-  WideVec<Real> student = {}, teacher = {}, hard = {};
-  Others<Real> others;
-  auto step = [&](V x, V y, V z, int64_t first) __attribute__((always_inline)) {
-    const auto left_out = (P == kOwnExponential && by_hard ? z : x) == maximum;
-    if (any(left_out))
-      for (int lane = 0; lane < L; ++lane)
-        if (left_out[lane]) others.maximum = first + lane;
-    student += widen(left_out ? V{} : x);
-    teacher += widen(left_out ? V{} : y);
-    if (P != kNoCrossEntropy)
-      hard += widen(left_out ? V{} : P == kOwnExponential ? z : power<P>(x));
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L)
-    step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}, i);
-  if (const int64_t left = n - i) {
-    const Real zero = 0;
-    const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
-    step(load_part(es + i, left, zero), load_part(et + i, left, zero), z, i);
-  }
-  others.student = total(student), others.teacher = total(teacher), others.hard = total(hard);
-  return others;
-}
-
-template <typename Real, int P>
-SureClass sure_class(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
-                     const Scratch<Real>& scratch, int64_t label) {
+bool gradient_is_exact(const KdProblem& p, const Sums<Real>& sums, const Factors& f, bool sure,
+                       double squares) {
+  if (sizeof(Real) == 8) return true;
   const bool hard = P != kNoCrossEntropy;
-  const bool by_hard = hard && sums.hard < 1.5;
-  if (!(sums.student < 1.5) && !by_hard) return {-1, 0};
-  int64_t sure = -1;
-  double not_q = 0, not_p = 0, not_r = 0;
-  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
-    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
-    const bool saw_max = scratch.student_max[b] == sums.student_max;
-    const Others<Real> others = sum_others<Real, P>(es + first, scratch.teacher + first,
-                                                    scratch.hard + first, n, saw_max, by_hard);
-    if (others.maximum >= 0) sure = first + others.maximum;
-    const Step step = step_to(p, sums, scratch, b);
-    not_q += others.student * step.student;
-    not_p += others.teacher * step.teacher;
-    not_r += others.hard * step.hard;
-  }
-  if (sure < 0) return {-1, 0};  // NaN
-  double gradient = f.student == 0 ? 0 : rounded(f.teacher * not_p) - rounded(f.student * not_q);
-  if (hard) {
-    // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
-    const double w = p.weight ? p.weight[sure] : 1.0;
-    gradient += f.smooth_total - f.hard * not_r + f.smooth * w;
-    if (label != sure) gradient += f.label;
-  }
-  return {sure, gradient};
+  if (!hard && squares == 0 && sums.cross == 0) return true;  // teacher = student
+  const auto v = sure ? squared_others : squared;
+  const double soft_scale = f.student * sums.student, hard_scale = hard ? f.hard * sums.hard : 0;
+  double error = hard ? hard_scale * hard_scale * v(sums.hard) : 0;
+  if (soft_scale != 0) error += soft_scale * soft_scale * (v(sums.student) + v(sums.teacher));
+  const double bound = gradient_bound(p.student_dtype);
+  return !(error * kEpsilon * kEpsilon > squares * bound * bound);
 }
 
-template <typename Real, int P>
-void write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
-                    const Scratch<Real>& scratch, char* grad, int64_t label) {
-  const SureClass sure = sure_class<Real, P>(p, sums, f, es, scratch, label);
-  sweep2<Real, P>(p, sums, f, es, scratch, grad, label);
-  if (sure.index >= 0) {
-    const Real value = (Real)sure.gradient;
-    store_block(&value, 1, p.student_dtype, grad, sure.index);
-  }
-}
+// ---- one row -----------------------------------------------------------------------------------
 
 inline int64_t element_size(KdDtype dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
 
+template <typename Real>
+double soft_loss(const KdProblem& p, const Sums<Real>& sums) {
+  const double t = p.temperature;
+  double kl = sums.cross / (sums.teacher * t) + log(sums.student / sums.teacher);
+  if (kl < 0) kl = 0;  // rounding; KL is not negative
+  if (sums.masked && kl == kl) kl = INFINITY;
+  if (!(sums.student > 0)) kl = NAN;  // every class masked: no distribution
+  return t * t * kl;
+}
+
+// The cross entropy of a row, and its factors of the gradient.
+template <typename Real>
+double hard_loss(const KdProblem& p, const Sums<Real>& sums, int64_t label, double at_label,
+                 Factors& f) {
+  const double w = p.weight ? p.weight[label] : 1.0, epsilon = p.label_smoothing;
+  const double smooth = epsilon / (double)p.classes;
+  f.smooth = -p.hard_scale * smooth;
+  f.smooth_total = p.hard_scale * smooth * p.weight_sum;
+  f.label = p.hard_scale * (1 - epsilon) * w;
+  f.hard = (f.label + f.smooth_total) / sums.hard;
+  const double lse = log(sums.hard), max = reference_of(sums.student_max);
+  const double loss = (1 - epsilon) * w * (lse - (at_label - max));
+  return epsilon > 0 ? loss + smooth * (p.weight_sum * (lse + max) - sums.smooth) : loss;
+}
+
+// Sweep 2 with the entries that cancel put in; false, and in place nothing is lost, if float32 was
+// not enough.
 template <typename Real, int P>
-void row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
+bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
+                    const Scratch<Real>& scratch, char* grad, bool deferred, int64_t label) {
+  const Entry sure = sure_entry<Real, P>(p, sums, f, es, scratch, label);
+  Entry entries[] = {label_entry<Real, P>(p, sums, f, es, scratch, label), sure};
+  if (sure.index == entries[0].index) entries[0].index = -1;
+  double squares = 0;
+  for (const Entry& e : entries) {
+    if (e.index < 0) continue;
+    // Blanked out of the sweep, which then adds only the smoothing's share.
+    es[e.index] = scratch.teacher[e.index] = 0;
+    if (P == kOwnExponential) scratch.hard[e.index] = 0;
+    const double smooth = f.smooth * (p.weight ? p.weight[e.index] : 1.0);
+    squares += e.gradient * e.gradient - smooth * smooth;
+  }
+  squares += sweep2<Real, P>(p, sums, f, es, scratch, grad, deferred);
+  if (!gradient_is_exact<Real, P>(p, sums, f, sure.index >= 0, squares)) return false;
+  if (deferred) store_block(es, p.classes, p.student_dtype, grad, 0);
+  for (const Entry& e : entries) {
+    const Real value = (Real)e.gradient;
+    if (e.index >= 0) store_block(&value, 1, p.student_dtype, grad, e.index);
+  }
+  return true;
+}
+
+// Everything of row i; false if it has to be done in double.
+template <typename Real, int P>
+bool row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   const int64_t width = element_size(p.student_dtype);
   const char* student = (const char*)p.student + p.student_rows.start(i) * width;
   const char* teacher =
@@ -429,45 +137,27 @@ void row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   const int64_t label = hard ? p.label(i) : -1;
   const double at_label = hard ? (double)load_one<Real>(student, p.student_dtype, label) : 0;
 
-  // The student's exponentials go where the gradient will be, if the type allows.
-  Real* es = grad && width == sizeof(Real) ? (Real*)grad : scratch.student;
+  // The student's exponentials go where the gradient will be, if the type allows, and unless the
+  // row might have to be read again.
+  const bool deferred = sizeof(Real) == 4 && p.grad == p.student;
+  Real* es = grad && !deferred && width == sizeof(Real) ? (Real*)grad : scratch.student;
   const Sums<Real> sums = grad ? sweep1<Real, P, true>(p, student, teacher, es, scratch)
                                : sweep1<Real, P, false>(p, student, teacher, es, scratch);
-
-  const double t = p.temperature;
-  if (soft && p.want_soft) {
-    double kl = sums.cross / (sums.teacher * t) + log(sums.student / sums.teacher);
-    if (kl < 0) kl = 0;  // rounding; KL is not negative
-    if (sums.masked && kl == kl) kl = INFINITY;
-    if (!(sums.student > 0)) kl = NAN;  // every class masked: no distribution
-    p.soft[i] = t * t * kl;
-  }
   Factors f = {};
+  if (soft && p.want_soft) {
+    p.soft[i] = soft_loss(p, sums);
+    if (!loss_is_exact(p, sums, p.soft[i])) return false;
+  }
   if (soft && p.alpha > 0) {
     f.student = p.soft_scale / sums.student;
     f.teacher = p.soft_scale / sums.teacher;
   }
-  if (hard) {
-    const double w = p.weight ? p.weight[label] : 1.0, epsilon = p.label_smoothing;
-    const double lse = log(sums.hard), max = reference_of(sums.student_max);
-    double ce = (1 - epsilon) * w * (lse - (at_label - max));
-    if (epsilon > 0) {
-      const double spread = p.weight_sum * (lse + max) - sums.smooth;
-      ce += epsilon / (double)p.classes * spread;
-    }
-    p.hard[i] = ce;
-    const double smooth = epsilon / (double)p.classes;
-    f.smooth = -p.hard_scale * smooth;
-    f.smooth_total = p.hard_scale * smooth * p.weight_sum;
-    f.label = p.hard_scale * (1 - epsilon) * w;
-    f.hard = (f.label + f.smooth_total) / sums.hard;
-  }
-  if (!grad) return;
+  if (hard) p.hard[i] = hard_loss(p, sums, label, at_label, f);
+  if (!grad) return true;
   // A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
   if (P != kNoCrossEntropy && p.alpha == 1)
-    write_gradient<Real, kNoCrossEntropy>(p, sums, f, es, scratch, grad, label);
-  else
-    write_gradient<Real, P>(p, sums, f, es, scratch, grad, label);
+    return write_gradient<Real, kNoCrossEntropy>(p, sums, f, es, scratch, grad, deferred, label);
+  return write_gradient<Real, P>(p, sums, f, es, scratch, grad, deferred, label);
 }
 
 template <typename Real>
@@ -479,45 +169,36 @@ Scratch<Real> carve(const KdProblem& p, char* memory) {
 }
 
 template <typename Real>
-void rows(const KdProblem& p, int64_t begin, int64_t end, char* memory) {
+bool visit(const KdProblem& p, int64_t i, char* memory) {
   const Scratch<Real> scratch = carve<Real>(p, memory);
   const double t = p.temperature;
   const int shared = t == 1 ? 1 : t == 2 ? 2 : t == 3 ? 3 : t == 4 ? 4 : kOwnExponential;
-  for (int64_t i = begin; i < end; ++i) {
-    p.soft[i] = p.hard[i] = 0;
-    if (!p.soft_active(i)) {  // not even read: it may hold NaN
-      const int64_t width = element_size(p.student_dtype);
-      if (p.grad) memset((char*)p.grad + p.grad_rows.start(i) * width, 0, p.classes * width);
-      continue;
-    }
-    const bool hard = p.want_hard && p.hard_active(i);
-    switch (hard ? shared : kNoCrossEntropy) {
-      case kNoCrossEntropy:
-        row<Real, kNoCrossEntropy>(p, i, scratch);
-        break;
-      case 1:
-        row<Real, 1>(p, i, scratch);
-        break;
-      case 2:
-        row<Real, 2>(p, i, scratch);
-        break;
-      case 3:
-        row<Real, 3>(p, i, scratch);
-        break;
-      case 4:
-        row<Real, 4>(p, i, scratch);
-        break;
-      default:
-        row<Real, kOwnExponential>(p, i, scratch);
-    }
+  switch (p.want_hard && p.hard_active(i) ? shared : kNoCrossEntropy) {
+    case kNoCrossEntropy:
+      return row<Real, kNoCrossEntropy>(p, i, scratch);
+    case 1:
+      return row<Real, 1>(p, i, scratch);
+    case 2:
+      return row<Real, 2>(p, i, scratch);
+    case 3:
+      return row<Real, 3>(p, i, scratch);
+    case 4:
+      return row<Real, 4>(p, i, scratch);
+    default:
+      return row<Real, kOwnExponential>(p, i, scratch);
   }
 }
 
 }  // namespace
 
 extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* scratch) {
-  if (p.in_double)
-    rows<double>(p, begin, end, scratch);
-  else
-    rows<float>(p, begin, end, scratch);
+  for (int64_t i = begin; i < end; ++i) {
+    p.soft[i] = p.hard[i] = 0;
+    if (!p.soft_active(i)) {  // not even read: it may hold NaN
+      const int64_t width = element_size(p.student_dtype);
+      if (p.grad) memset((char*)p.grad + p.grad_rows.start(i) * width, 0, p.classes * width);
+    } else if (p.in_double || !visit<float>(p, i, scratch)) {
+      visit<double>(p, i, scratch);
+    }
+  }
 }

@@ -49,15 +49,6 @@ constexpr int64_t kParallelWork = 32768;
 // little; the results do not depend on who computes them.
 constexpr int64_t kPieceWork = 32768;
 
-// A float32 exponential is off by about 2^-24, which the loss multiplies by T^2 and the sum over
-// the classes averages: T^2 * 2^-24 / sqrt(C) must stay well below the promised 2e-6. Where it
-// does not (few classes, very high temperature) the row is computed in double.
-bool needs_double(const KdProblem& p) {
-  if (p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64) return true;
-  const double t2 = p.temperature * p.temperature;
-  return t2 * t2 > 64.0 * static_cast<double>(p.classes);
-}
-
 struct Counts {
   int64_t bad_label_row = -1;
   int64_t soft = 0;  // rows of the soft term
@@ -147,7 +138,7 @@ void work(void* argument) {
 void visit_rows(const KdProblem& p, int threads) {
   Job job;
   job.problem = &p;
-  job.scratch_bytes = kd_scratch_size(p) * (p.in_double ? 8 : 4);
+  job.scratch_bytes = kd_scratch_size(p) * 8;
   const int64_t total = p.rows * p.classes;
   if (threads > 1 && p.rows > 1 && total >= kParallelWork && kd_can_parallel()) {
     const int64_t share = (p.rows + threads - 1) / threads;
@@ -199,7 +190,7 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
       p.grad && p.student_dtype == kFloat16 ? float16_scale(p, p.soft_scale, p.hard_scale) : 1;
   p.soft_scale *= grad_scale;
   p.hard_scale *= grad_scale;
-  p.in_double = needs_double(p);
+  p.in_double = p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64;
   std::vector<double> terms(static_cast<size_t>(2 * p.rows));
   p.soft = terms.data();
   p.hard = terms.data() + p.rows;

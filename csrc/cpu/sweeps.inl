@@ -1,0 +1,406 @@
+// The two sweeps over a row: sweep 1 collects its statistics and leaves the exponentials behind,
+// sweep 2 turns them into the gradient. Included inside an anonymous namespace, after vectors.inl.
+
+constexpr double kLog2E = 1.4426950408889634074;
+// Stands for -inf once the maximum is subtracted: times a probability of 0 it is 0 and not NaN.
+constexpr double kMasked = -1e30;
+
+// How the cross entropy's e^s is had from the divergence's e^(s/T): not at all, by raising it to
+// the integer power T, or by an exponential of its own.
+enum Power : int { kNoCrossEntropy = 0, kOwnExponential = -1 };
+
+template <typename Real>
+struct Scratch {
+  Real *student, *teacher, *hard;   // [C] exponentials; [kBlock] where no gradient is asked for
+  Real *student_max, *teacher_max;  // [blocks] the maxima each block's exponentials refer to
+};
+
+// Sums over the classes seen so far, relative to the running maxima.
+template <typename Real>
+struct Sums {
+  Real student_max, teacher_max;
+  double student;  // sum e^((s - max)/T)
+  double teacher;  // sum e^((t - max)/T)
+  double cross;    // sum e^((t - max)/T) * ((t - max) - (s - max))
+  double hard;     // sum e^(s - max)
+  double smooth;   // sum w * s, for label smoothing
+  bool masked;     // the student has -inf where the teacher has mass
+};
+
+template <typename Real>
+inline Real reference_of(Real max) {
+  return max == -INFINITY ? 0 : max;
+}
+
+// A block of a row as Real: the row itself, or `scratch` filled with the converted values.
+template <typename Real>
+inline const Real* load_block(const void* row, KdDtype dtype, int64_t first, int64_t n,
+                              Real* scratch) {
+  switch (dtype) {
+    case kFloat32:
+      if (sizeof(Real) == 4) return (const Real*)row + first;
+      convert_in<float>((const float*)row + first, n, scratch);
+      break;
+    case kBFloat16:
+      convert_in<BFloat16>((const uint16_t*)row + first, n, scratch);
+      break;
+    case kFloat16:
+      convert_in<Float16>((const uint16_t*)row + first, n, scratch);
+      break;
+    case kFloat64:
+      if (sizeof(Real) == 8) return (const Real*)row + first;
+      convert_in<double>((const double*)row + first, n, scratch);
+      break;
+  }
+  return scratch;
+}
+
+template <typename Real>
+inline Real load_one(const void* row, KdDtype dtype, int64_t i) {
+  Real buffer = 0;
+  return *load_block<Real>(row, dtype, i, 1, &buffer);
+}
+
+template <typename Real>
+inline void store_block(const Real* values, int64_t n, KdDtype dtype, void* row, int64_t first) {
+  switch (dtype) {
+    case kFloat32:
+      convert_out<float>(values, n, (float*)row + first);
+      break;
+    case kBFloat16:
+      convert_out<BFloat16>(values, n, (uint16_t*)row + first);
+      break;
+    case kFloat16:
+      convert_out<Float16>(values, n, (uint16_t*)row + first);
+      break;
+    case kFloat64:
+      convert_out<double>(values, n, (double*)row + first);
+      break;
+  }
+}
+
+template <typename Real>
+struct Extremes {
+  Real student_max, student_min, teacher_max;
+};
+
+template <typename Real>
+Extremes<Real> extremes(const Real* s, const Real* t, int64_t n) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const Real inf = INFINITY;
+  V high = splat<Real>(-inf), low = splat<Real>(inf), teacher = splat<Real>(-inf);
+  auto step = [&](V x, V y) __attribute__((always_inline)) {
+    high = x > high ? x : high;
+    low = x < low ? x : low;
+    teacher = y > teacher ? y : teacher;
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) step(load(s + i), load(t + i));
+  const Real none = NAN;  // compares neither way
+  if (i < n) step(load_part(s + i, n - i, none), load_part(t + i, n - i, none));
+  return {highest<Real>(high), lowest<Real>(low), highest<Real>(teacher)};
+}
+
+// Moves the sums over to new maxima, so that the next block can be added.
+template <typename Real>
+void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max, double inverse_t) {
+  if (student_max > sums.student_max) {
+    double step = (double)student_max - reference_of(sums.student_max);
+    double seen = sums.student_max == -INFINITY ? 0.0 : 1.0;  // e^step of a -inf may overflow
+    sums.student *= seen == 0 ? 0.0 : exp(-step * inverse_t);
+    sums.hard *= seen == 0 ? 0.0 : exp(-step);
+    sums.cross += sums.teacher * step;
+    sums.student_max = student_max;
+  }
+  if (teacher_max > sums.teacher_max) {
+    double step = (double)teacher_max - reference_of(sums.teacher_max);
+    double factor = sums.teacher_max == -INFINITY ? 0.0 : exp(-step * inverse_t);
+    sums.cross = factor == 0 ? 0.0 : factor * (sums.cross - sums.teacher * step);
+    sums.teacher *= factor;
+    sums.teacher_max = teacher_max;
+  }
+}
+
+template <int P, typename V>
+KD_INLINE V power(V x) {
+  if (P == 1) return x;
+  if (P == 2) return x * x;
+  if (P == 3) return x * x * x;
+  V square = x * x;
+  return square * square;
+}
+
+// The block's exponentials, and their sums added to `sums`. Four vectors are summed in Real before
+// they are widened: that error is below the exponentials' own.
+template <typename Real, int P, bool kStore>
+void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sums<Real>& sums,
+                  Real* out_s, Real* out_t, Real* out_hard) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const Exponent<Real> soft_exponent(kLog2E * inverse_t), hard_exponent(kLog2E);
+  const V student_max = splat<Real>(reference_of(sums.student_max));
+  const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
+  const V masked = splat<Real>((Real)kMasked);
+  WideVec<Real> student = {}, teacher = {}, cross = {}, hard = {};
+  struct Four {
+    V student, teacher, cross, hard;
+  };
+
+  auto step = [&](V x, V y, Four& f, V& es, V& et, V& e1) __attribute__((always_inline)) {
+    V ds = at_least(x - student_max, masked);
+    V dt = at_least(y - teacher_max, masked);
+    es = exp2_scaled(ds, soft_exponent);
+    et = exp2_scaled(dt, soft_exponent);
+    f.student += es;
+    f.teacher += et;
+    f.cross += et * (dt - ds);
+    if (P == kNoCrossEntropy) return;
+    e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
+    f.hard += e1;
+  };
+  auto add = [&](const Four& f) __attribute__((always_inline)) {
+    student += widen(f.student);
+    teacher += widen(f.teacher);
+    cross += widen(f.cross);
+    if (P != kNoCrossEntropy) hard += widen(f.hard);
+  };
+
+  V es, et, e1;
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    Four f = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      int64_t j = i + u * L;
+      step(load(s + j), load(t + j), f, es, et, e1);
+      if (kStore) store(out_s + j, es);
+      if (kStore) store(out_t + j, et);
+      if (kStore && P == kOwnExponential) store(out_hard + j, e1);
+    }
+    add(f);
+  }
+  Four f = {};  // what is left is less than four vectors
+  for (; i + L <= n; i += L) {
+    step(load(s + i), load(t + i), f, es, et, e1);
+    if (kStore) store(out_s + i, es);
+    if (kStore) store(out_t + i, et);
+    if (kStore && P == kOwnExponential) store(out_hard + i, e1);
+  }
+  if (const int64_t left = n - i) {
+    const Real none = -INFINITY;
+    step(load_part(s + i, left, none), load_part(t + i, left, none), f, es, et, e1);
+    if (kStore) store_part(out_s + i, left, es);
+    if (kStore) store_part(out_t + i, left, et);
+    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
+  }
+  add(f);
+  sums.student += total(student);
+  sums.teacher += total(teacher);
+  sums.cross += total(cross);
+  sums.hard += total(hard);
+}
+
+template <typename Real, int P, bool kStore>
+Sums<Real> sweep1(const KdProblem& p, const void* student, const void* teacher, Real* out_s,
+                  const Scratch<Real>& scratch) {
+  Sums<Real> sums = {(Real)-INFINITY, (Real)-INFINITY, 0, 0, 0, 0, 0, false};
+  const double inverse_t = 1.0 / p.temperature;
+  const bool smoothing = P != kNoCrossEntropy && p.label_smoothing > 0;
+  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
+    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
+    const int64_t at = kStore ? first : 0;
+    const Real* s = load_block<Real>(student, p.student_dtype, first, n, scratch.student + at);
+    const Real* t = load_block<Real>(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
+    const Extremes<Real> e = extremes(s, t, n);
+    if (e.student_min == -INFINITY)
+      for (int64_t i = 0; i < n; ++i) sums.masked |= s[i] == -INFINITY && t[i] > -INFINITY;
+    if (smoothing)
+      for (int64_t i = 0; i < n; ++i)
+        sums.smooth += p.weight ? p.weight[first + i] * s[i] : (double)s[i];
+    raise_maxima(sums, e.student_max, e.teacher_max, inverse_t);
+    exponentials<Real, P, kStore>(s, t, n, inverse_t, sums, out_s + at, scratch.teacher + at,
+                                  scratch.hard + at);
+    if (kStore) {
+      scratch.student_max[b] = sums.student_max;
+      scratch.teacher_max[b] = sums.teacher_max;
+    }
+  }
+  return sums;
+}
+
+// What sweep 2 multiplies the exponentials with, before each block's own maxima come in.
+struct Factors {
+  double student, teacher;  // of q and p
+  double hard;              // of r
+  double smooth;            // of the class weights: -epsilon / C
+  double smooth_total;      // the same summed over the classes, without its sign
+  double label;             // taken off at the label
+};
+
+// From the maxima that block b's exponentials refer to, to the row's.
+struct Step {
+  double student, teacher, hard;
+};
+
+template <typename Real>
+inline Step step_to(const KdProblem& p, const Sums<Real>& sums, const Scratch<Real>& scratch,
+                    int64_t b) {
+  const double inverse_t = 1.0 / p.temperature;
+  const double ds = (double)scratch.student_max[b] - sums.student_max;
+  const double dt = (double)scratch.teacher_max[b] - sums.teacher_max;
+  Step step = {1, 1, 1};
+  if (ds != 0) step.student = exp(ds * inverse_t), step.hard = exp(ds);
+  if (dt != 0) step.teacher = exp(dt * inverse_t);
+  return step;
+}
+
+// One block of gradient, left in `es`; returns the sum of its squares.
+template <typename Real, int P>
+double gradient_block(Real* es, const Real* et, const Real* e1, int64_t n, double student,
+                      double teacher, double hard, double constant) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const V a = splat<Real>((Real)student), b = splat<Real>((Real)teacher);
+  const V c = splat<Real>((Real)hard), d = splat<Real>((Real)constant);
+  V squares = {};
+  auto step = [&](V x, V y, V z) __attribute__((always_inline)) {
+    V g = rounded(a * x) - rounded(b * y);
+    if (P != kNoCrossEntropy) g += c * (P == kOwnExponential ? z : power<P>(x)) - d;
+    squares += g * g;
+    return g;
+  };
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + L <= n; i += L)
+    store(es + i, step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}));
+  if (const int64_t left = n - i) {
+    const Real zero = 0;
+    V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
+    const V g = step(load_part(es + i, left, zero), load_part(et + i, left, zero), z);
+    store_part(es + i, left, g);
+  }
+  return total(widen(squares));
+}
+
+// The gradient row, and the sum of its squares. It goes to `grad` at once, or stays in `es` for
+// later (`deferred`): in place, the student's row is not to be lost before its gradient is good.
+template <typename Real, int P>
+double sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
+              const Scratch<Real>& scratch, char* grad, bool deferred) {
+  // Without a soft term the teacher must not be touched: 0 * NaN.
+  const Real* et = f.student == 0 && f.teacher == 0 ? es : scratch.teacher;
+  double squares = 0;
+  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
+    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
+    const Step step = step_to(p, sums, scratch, b);
+    const double q = f.student * step.student;
+    const double t = f.teacher == 0 ? 0 : f.teacher * step.teacher;
+    const double constant = p.weight ? 0.0 : -f.smooth;
+    double block = gradient_block<Real, P>(es + first, et + first, scratch.hard + first, n, q, t,
+                                           f.hard * step.hard, constant);
+    if (P != kNoCrossEntropy && p.weight && f.smooth != 0) {
+      block = 0;
+      for (int64_t i = first; i < first + n; ++i) {
+        es[i] += (Real)(f.smooth * p.weight[i]);
+        block += (double)es[i] * es[i];
+      }
+    }
+    squares += block;
+    if (!deferred && (char*)es != grad) store_block(es + first, n, p.student_dtype, grad, first);
+  }
+  return squares;
+}
+
+// An entry of the gradient that cancels in the row's arithmetic and is summed on its own, in
+// double.
+struct Entry {
+  int64_t index;  // -1: no such entry
+  double gradient;
+};
+
+// The label's: r_y - 1 cancels.
+template <typename Real, int P>
+Entry label_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
+                  const Scratch<Real>& scratch, int64_t label) {
+  if (P == kNoCrossEntropy) return {-1, 0};
+  const Step step = step_to(p, sums, scratch, label / kBlock);
+  const double x = es[label];
+  const double z = P == kOwnExponential ? (double)scratch.hard[label] : (double)power<P>(x);
+  const double w = p.weight ? p.weight[label] : 1.0;
+  double gradient = f.hard * step.hard * z - f.label + f.smooth * w;
+  if (f.teacher != 0)
+    gradient += f.student * step.student * x - f.teacher * step.teacher * scratch.teacher[label];
+  return {label, gradient};
+}
+
+// Sums over a block of all but the student's maximum. Its exponential is exactly 1 in the blocks
+// that saw it, and at no other class, or the sum that is below 1.5 would be 2: that of e^s if
+// `by_hard`, as at very high temperatures every e^(s/T) rounds to 1, else that of e^(s/T).
+template <typename Real>
+struct Others {
+  double student = 0, teacher = 0, hard = 0;
+  int64_t maximum = -1;  // index of the class left out
+};
+
+template <typename Real, int P>
+Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t n, bool saw_max,
+                        bool by_hard) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const V maximum = splat<Real>(saw_max ? 1 : 2);
+  WideVec<Real> student = {}, teacher = {}, hard = {};
+  Others<Real> others;
+  auto step = [&](V x, V y, V z, int64_t first) __attribute__((always_inline)) {
+    const auto left_out = (P == kOwnExponential && by_hard ? z : x) == maximum;
+    if (any(left_out))
+      for (int lane = 0; lane < L; ++lane)
+        if (left_out[lane]) others.maximum = first + lane;
+    student += widen(left_out ? V{} : x);
+    teacher += widen(left_out ? V{} : y);
+    if (P != kNoCrossEntropy)
+      hard += widen(left_out ? V{} : P == kOwnExponential ? z : power<P>(x));
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L)
+    step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}, i);
+  if (const int64_t left = n - i) {
+    const Real zero = 0;
+    const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
+    step(load_part(es + i, left, zero), load_part(et + i, left, zero), z, i);
+  }
+  others.student = total(student), others.teacher = total(teacher), others.hard = total(hard);
+  return others;
+}
+
+// Where the student is sure of a class, its entry is a difference of two numbers near 1 and keeps
+// few digits: 1 - q, 1 - p and 1 - r have to be summed over the other classes.
+template <typename Real, int P>
+Entry sure_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
+                 const Scratch<Real>& scratch, int64_t label) {
+  const bool hard = P != kNoCrossEntropy;
+  const bool by_hard = hard && sums.hard < 1.5;
+  if (!(sums.student < 1.5) && !by_hard) return {-1, 0};
+  int64_t sure = -1;
+  double not_q = 0, not_p = 0, not_r = 0;
+  for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
+    const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
+    const bool saw_max = scratch.student_max[b] == sums.student_max;
+    const Others<Real> others = sum_others<Real, P>(es + first, scratch.teacher + first,
+                                                    scratch.hard + first, n, saw_max, by_hard);
+    if (others.maximum >= 0) sure = first + others.maximum;
+    const Step step = step_to(p, sums, scratch, b);
+    not_q += others.student * step.student;
+    not_p += others.teacher * step.teacher;
+    not_r += others.hard * step.hard;
+  }
+  if (sure < 0) return {-1, 0};  // NaN
+  double gradient = f.student == 0 ? 0 : rounded(f.teacher * not_p) - rounded(f.student * not_q);
+  if (hard) {
+    // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
+    const double w = p.weight ? p.weight[sure] : 1.0;
+    gradient += f.smooth_total - f.hard * not_r + f.smooth * w;
+    if (label != sure) gradient += f.label;
+  }
+  return {sure, gradient};
+}
