@@ -72,6 +72,7 @@ double run(uintptr_t student, uintptr_t teacher, uintptr_t labels, uintptr_t wei
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Compiled CPU kernels of kdkernels; use kdkernels.kd_loss.";
+  kd_openmp_library();  // found now, so that a fork is noticed whoever used the threads before
   m.def("run", &run);
   m.def("instruction_set", &kd_instruction_set);
   m.def("openmp_library", &kd_openmp_library);

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kdkernels import backends
 from kdkernels.checks import Options, check_inplace, check_options, check_tensors
@@ -32,6 +33,7 @@ class _FusedKDLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
         ctx.grad, ctx.grad_scale = result.grad, result.grad_scale
+        ctx.constants = None
         if not inplace:
             _save_for_second_derivative(ctx, student, teacher, labels, weight)
         if want_terms:
@@ -74,7 +76,6 @@ class _Overwritten(torch.autograd.Function):
 def _save_for_second_derivative(ctx: Any, student: Tensor, *constants: Tensor | None) -> None:
     # torch refuses to save inference tensors. Nothing in training can modify them: keep them as
     # they are.
-    ctx.constants = None
     if any(t is not None and t.is_inference() for t in constants):
         ctx.constants, constants = constants, (None, None, None)
     ctx.save_for_backward(student, *constants)
@@ -95,7 +96,7 @@ def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     if _graph_is_kept():
         grad = grad.clone()  # what is handed over may be modified by whoever receives it
     else:
-        ctx.grad = None
+        ctx.grad = ctx.constants = None
     return ctx.backend.scale(grad, incoming, ctx.grad_scale)  # type: ignore[no-any-return]
 
 
@@ -119,8 +120,10 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     student, teacher, labels, weight = ctx.saved_tensors
     if ctx.constants is not None:
         teacher, labels, weight = ctx.constants
-    loss = kd_terms(student, teacher, labels, weight=weight, **ctx.options._asdict()).loss
-    (grad,) = torch.autograd.grad(loss, student, incoming, create_graph=True)
+    # Through an alias: the hooks of the logits are for this gradient alone, and run once.
+    alias = student.view_as(student)
+    loss = kd_terms(alias, teacher, labels, weight=weight, **ctx.options._asdict()).loss
+    (grad,) = torch.autograd.grad(loss, alias, incoming, create_graph=True)
     return grad  # type: ignore[no-any-return]
 
 
@@ -189,6 +192,10 @@ def kd_loss(
     )
     check_tensors(student_logits, teacher_logits, labels, weight, options.alpha)
     needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    if forward_ad._current_level >= 0:
+        needs_grad = (
+            True  # autograd refuses forward mode there; elsewhere the tangent would be lost
+        )
     chosen = backends.select(
         backend, student_logits.device.type, student_logits.dtype, teacher_logits.dtype
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -29,16 +30,29 @@ class Result(NamedTuple):
 def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
     """``grad`` times what flows in from above, written over ``grad``; untouched if that is 1.
 
+    Reads ``incoming`` on the host: for CPU tensors.
+
     Args:
         grad: (..., C), owned by the backward.
         incoming: a scalar, or (...) for ``reduction="none"``: one factor per row.
         grad_scale: divided out.
     """
+    factor: float | Tensor
     if incoming.dim() > 0:
         factor = incoming.unsqueeze(-1)
-        return grad.mul_(factor / grad_scale if grad_scale != 1 else factor)
-    scalar = incoming.item() / grad_scale
-    return grad if scalar == 1 else grad.mul_(scalar)
+        if grad_scale != 1:
+            factor = factor / grad_scale
+        finite = bool(factor.isfinite().all())
+    else:
+        factor = incoming.item() / float(grad_scale)
+        if factor == 1:
+            return grad
+        finite = math.isfinite(factor)
+    if finite:
+        return grad.mul_(factor)
+    # 0 * inf: what has no gradient, such as an ignored row, has none whatever comes in.
+    nothing = grad == 0
+    return grad.mul_(factor).masked_fill_(nothing, 0)
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Result, scale_gradient
-from kdkernels.reference import kd_terms
+from kdkernels.reference import accumulation_dtype, kd_terms
 
 if TYPE_CHECKING:
     from kdkernels.checks import Options
@@ -49,12 +49,20 @@ class ReferenceBackend:
             terms = kd_terms(student, teacher, labels, weight=weight, **options._asdict())
             return Result(terms.loss, terms.soft, terms.hard, None)
         with torch.enable_grad():
-            leaf = student.detach().requires_grad_()
+            leaf = student.detach().to(accumulation_dtype(student.dtype), copy=True)
+            leaf.requires_grad_()
             terms = kd_terms(leaf, teacher, labels, weight=weight, **options._asdict())
             (grad,) = torch.autograd.grad(terms.loss.sum(), leaf)
+        grad_scale: float | Tensor = 1.0
+        if student.dtype == torch.float16 and grad.numel():
+            # The largest entry is brought to 2^14, so that the smallest survive in float16.
+            largest = grad.abs().amax()
+            grad_scale = torch.where(largest > 0, (2.0**14 / largest).log2().floor().exp2(), 1.0)
+            grad *= grad_scale
         target = student.detach()
         target.copy_(grad)
-        return Result(terms.loss.detach(), terms.soft, terms.hard, target)
+        loss = terms.loss.detach().to(accumulation_dtype(student.dtype))
+        return Result(loss, terms.soft, terms.hard, target, grad_scale)
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
