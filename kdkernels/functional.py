@@ -76,8 +76,10 @@ class _Overwritten(torch.autograd.Function):
 def _save_for_second_derivative(ctx: Any, student: Tensor, *constants: Tensor | None) -> None:
     # torch refuses to save inference tensors. Nothing in training can modify them: keep them as
     # they are.
-    if any(t is not None and t.is_inference() for t in constants):
-        ctx.constants, constants = constants, (None, None, None)
+    for t in constants:
+        if t is not None and t.is_inference():
+            ctx.constants, constants = constants, (None, None, None)
+            break
     ctx.save_for_backward(student, *constants)
 
 

@@ -33,10 +33,6 @@ constexpr double kLossBound = 2e-6;  // what the package promises, of 1 + loss
 // Of the gradient's norm: half of what the package promises, as products are rounded, too.
 inline double gradient_bound(KdDtype dtype) { return dtype == kFloat32 ? 1e-6 : 0x1p-13; }
 
-// What the errors of a distribution's exponentials do to the logarithm of their sum. They do not
-// average out over the classes: equal logits have equal errors. The largest one is exactly 1.
-inline double share_of_others(double sum) { return (sum - 1) / sum; }
-
 // At most the sum of the squared probabilities, of which the largest is 1 / sum.
 inline double squared(double sum) { return 1 / sum; }
 // The same without the largest, whose exponential is exactly 1.
@@ -45,11 +41,13 @@ inline double squared_others(double sum) {
   return (others < 1 ? others * others : others) / (sum * sum);
 }
 
+// The errors of the exponentials do not average out over the classes, as equal logits have equal
+// ones. The largest is exactly 1, but is rounded when another is added: both sums are off by up to
+// kEpsilon of themselves, and so are their logarithms.
 template <typename Real>
-bool loss_is_exact(const KdProblem& p, const Sums<Real>& sums, double loss) {
+bool loss_is_exact(const KdProblem& p, double loss) {
   if (sizeof(Real) == 8) return true;
-  const double shares = share_of_others(sums.student) + share_of_others(sums.teacher);
-  const double error = p.temperature * p.temperature * kEpsilon * shares;
+  const double error = 2 * kEpsilon * p.temperature * p.temperature;
   return !(error > kLossBound * (1 + loss));  // NaN is as exact as it gets
 }
 
@@ -125,9 +123,12 @@ bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f
   return true;
 }
 
-// Everything of row i; false if it has to be done in double.
+// What of a row was good enough in float32.
+enum Good { kNothing, kLoss, kAll };
+
+// Everything of row i.
 template <typename Real, int P>
-bool row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
+Good row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   const int64_t width = element_size(p.student_dtype);
   const char* student = (const char*)p.student + p.student_rows.start(i) * width;
   const char* teacher =
@@ -146,18 +147,18 @@ bool row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   Factors f = {};
   if (soft && p.want_soft) {
     p.soft[i] = soft_loss(p, sums);
-    if (!loss_is_exact(p, sums, p.soft[i])) return false;
+    if (!loss_is_exact<Real>(p, p.soft[i])) return kNothing;
   }
   if (soft && p.alpha > 0) {
     f.student = p.soft_scale / sums.student;
     f.teacher = p.soft_scale / sums.teacher;
   }
   if (hard) p.hard[i] = hard_loss(p, sums, label, at_label, f);
-  if (!grad) return true;
+  if (!grad) return kAll;
   // A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
-  if (P != kNoCrossEntropy && p.alpha == 1)
-    return write_gradient<Real, kNoCrossEntropy>(p, sums, f, es, scratch, grad, deferred, label);
-  return write_gradient<Real, P>(p, sums, f, es, scratch, grad, deferred, label);
+  const auto write = P != kNoCrossEntropy && p.alpha == 1 ? write_gradient<Real, kNoCrossEntropy>
+                                                          : write_gradient<Real, P>;
+  return write(p, sums, f, es, scratch, grad, deferred, label) ? kAll : kLoss;
 }
 
 template <typename Real>
@@ -169,7 +170,7 @@ Scratch<Real> carve(const KdProblem& p, char* memory) {
 }
 
 template <typename Real>
-bool visit(const KdProblem& p, int64_t i, char* memory) {
+Good visit(const KdProblem& p, int64_t i, char* memory) {
   const Scratch<Real> scratch = carve<Real>(p, memory);
   const double t = p.temperature;
   const int shared = t == 1 ? 1 : t == 2 ? 2 : t == 3 ? 3 : t == 4 ? 4 : kOwnExponential;
@@ -197,8 +198,13 @@ extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* s
     if (!p.soft_active(i)) {  // not even read: it may hold NaN
       const int64_t width = element_size(p.student_dtype);
       if (p.grad) memset((char*)p.grad + p.grad_rows.start(i) * width, 0, p.classes * width);
-    } else if (p.in_double || !visit<float>(p, i, scratch)) {
-      visit<double>(p, i, scratch);
+      continue;
     }
+    const Good good = p.in_double ? kNothing : visit<float>(p, i, scratch);
+    if (good == kAll) continue;
+    const double soft = p.soft[i], hard = p.hard[i];
+    visit<double>(p, i, scratch);
+    // A gradient done again leaves the loss alone: asking for one does not change the other.
+    if (good == kLoss) p.soft[i] = soft, p.hard[i] = hard;
   }
 }

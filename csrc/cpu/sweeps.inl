@@ -131,8 +131,10 @@ KD_INLINE V power(V x) {
   return square * square;
 }
 
-// The block's exponentials, and their sums added to `sums`. Four vectors are summed in Real before
-// they are widened: that error is below the exponentials' own.
+// The block's exponentials, and their sums added to `sums`. Vectors are summed in Real before they
+// are widened: four where that error is below the exponentials' own, but only two of the sums whose
+// logarithm T^2 multiplies. One of these may be 1, and it would be rounded again with each of
+// three.
 template <typename Real, int P, bool kStore>
 void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sums<Real>& sums,
                   Real* out_s, Real* out_t, Real* out_hard) {
@@ -143,58 +145,68 @@ void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sum
   const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
   const V masked = splat<Real>((Real)kMasked);
   WideVec<Real> student = {}, teacher = {}, cross = {}, hard = {};
+  struct Two {
+    V student = {}, teacher = {};
+  };
   struct Four {
-    V student, teacher, cross, hard;
+    V cross = {}, hard = {};
   };
 
-  auto step = [&](V x, V y, Four& f, V& es, V& et, V& e1) __attribute__((always_inline)) {
+  V es, et, e1;
+  auto step = [&](V x, V y, Two& two, Four& four) __attribute__((always_inline)) {
     V ds = at_least(x - student_max, masked);
     V dt = at_least(y - teacher_max, masked);
     es = exp2_scaled(ds, soft_exponent);
     et = exp2_scaled(dt, soft_exponent);
-    f.student += es;
-    f.teacher += et;
-    f.cross += et * (dt - ds);
+    two.student += es;
+    two.teacher += et;
+    four.cross += et * (dt - ds);
     if (P == kNoCrossEntropy) return;
     e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
-    f.hard += e1;
+    four.hard += e1;
   };
-  auto add = [&](const Four& f) __attribute__((always_inline)) {
-    student += widen(f.student);
-    teacher += widen(f.teacher);
-    cross += widen(f.cross);
-    if (P != kNoCrossEntropy) hard += widen(f.hard);
-  };
-
-  V es, et, e1;
-  int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    Four f = {};
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
-      int64_t j = i + u * L;
-      step(load(s + j), load(t + j), f, es, et, e1);
-      if (kStore) store(out_s + j, es);
-      if (kStore) store(out_t + j, et);
-      if (kStore && P == kOwnExponential) store(out_hard + j, e1);
-    }
-    add(f);
-  }
-  Four f = {};  // what is left is less than four vectors
-  for (; i + L <= n; i += L) {
-    step(load(s + i), load(t + i), f, es, et, e1);
+  auto whole = [&](int64_t i, Two& two, Four& four) __attribute__((always_inline)) {
+    step(load(s + i), load(t + i), two, four);
     if (kStore) store(out_s + i, es);
     if (kStore) store(out_t + i, et);
     if (kStore && P == kOwnExponential) store(out_hard + i, e1);
+  };
+  auto add_two = [&](const Two& two) __attribute__((always_inline)) {
+    student += widen(two.student);
+    teacher += widen(two.teacher);
+  };
+  auto add_four = [&](const Four& four) __attribute__((always_inline)) {
+    cross += widen(four.cross);
+    if (P != kNoCrossEntropy) hard += widen(four.hard);
+  };
+
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    Two first, second;
+    Four four;
+    whole(i, first, four);
+    whole(i + L, first, four);
+    add_two(first);
+    whole(i + 2 * L, second, four);
+    whole(i + 3 * L, second, four);
+    add_two(second);
+    add_four(four);
   }
-  if (const int64_t left = n - i) {
-    const Real none = -INFINITY;
-    step(load_part(s + i, left, none), load_part(t + i, left, none), f, es, et, e1);
-    if (kStore) store_part(out_s + i, left, es);
-    if (kStore) store_part(out_t + i, left, et);
-    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
+  Four four;  // what is left is less than four vectors
+  for (; i < n; i += L) {
+    Two two;
+    if (const int64_t left = n - i; left >= L) {
+      whole(i, two, four);
+    } else {
+      const Real none = -INFINITY;
+      step(load_part(s + i, left, none), load_part(t + i, left, none), two, four);
+      if (kStore) store_part(out_s + i, left, es);
+      if (kStore) store_part(out_t + i, left, et);
+      if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
+    }
+    add_two(two);
   }
-  add(f);
+  add_four(four);
   sums.student += total(student);
   sums.teacher += total(teacher);
   sums.cross += total(cross);
