@@ -85,9 +85,9 @@ class CPUBackend:
             grad_rows = (1, classes, 0)
         shape = student.shape[:-1] if reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)
-        loss = torch.empty(shape, dtype=loss_dtype)
-        soft = torch.empty(shape, dtype=loss_dtype) if want_terms else None
-        hard = torch.empty(shape, dtype=loss_dtype) if want_terms else None
+        loss = student.new_empty(shape, dtype=loss_dtype)
+        soft = torch.empty_like(loss) if want_terms else None
+        hard = torch.empty_like(loss) if want_terms else None
         grad_scale = _cpu.run(
             source.data_ptr(),
             teacher.data_ptr(),
