@@ -33,13 +33,7 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Waking another for eight rows costs PyTorch many times what they cost, on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 named_backends = pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -30,14 +30,12 @@ dtypes = pytest.mark.parametrize("dtype", list(GRAD_BOUND))
 USED = r"used again|modified"  # what the package or autograd says of overwritten logits
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def one_seed_one_thread():
-    """One thread: all is small here, and on a busy machine waking a second takes longest."""
+def one_seed():
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(*shape, dtype=torch.float64, seed=0, scale=2.0):

@@ -35,13 +35,7 @@ def set_on_the_module(s, t, y=None, **options):
     return module(s, t, y)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Waking another for four rows costs PyTorch many times what they cost, on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 losses = pytest.mark.parametrize("loss", [kd_loss, through_the_module], ids=["function", "module"])

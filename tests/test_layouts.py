@@ -18,13 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 LABEL_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Waking another for six rows costs PyTorch many times what they cost, on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

@@ -28,13 +28,7 @@ INF = math.inf
 FLOAT16_SCALE = 2048.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Too little work to share, and waking threads on a busy machine takes longer than all else."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Problem(NamedTuple):
