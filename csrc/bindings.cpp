@@ -1,4 +1,4 @@
-// The Python face of csrc/cpu: raw pointers and sizes, checked by kdkernels/functional.py and laid
+// The Python face of csrc/cpu: raw pointers and sizes, checked by kdkernels/checks.py and laid
 // out by kdkernels/backends/cpu.py. Knows nothing of torch.
 #include <pybind11/pybind11.h>
 

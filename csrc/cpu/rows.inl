@@ -1,7 +1,7 @@
 // The fused kernel: temperature softmax of both rows, KL divergence and cross entropy, and the
 // gradient. Sweep 1 collects the row's statistics and leaves the exponentials in scratch (the
 // student's in the gradient row itself where that is of the same type); sweep 2 only rescales them.
-// Nothing of size C is ever written but the gradient.
+// Beside the gradient only a thread's scratch rows are written, which stay in its cache.
 //
 // This source is compiled once per instruction set by the two-line files beside it. All of it has
 // internal linkage, but for the one entry point: an inline function shared by the linker could
@@ -35,9 +35,8 @@ inline double gradient_bound(KdDtype dtype) { return dtype == kFloat32 ? 1e-6 : 
 
 // At most the sum of the squared probabilities, of which the largest is 1 / sum.
 inline double squared(double sum) { return 1 / sum; }
-// The same without the largest, whose exponential is exactly 1.
-inline double squared_others(double sum) {
-  const double others = sum - 1;
+// The same for some of them, whose exponentials add up to `others`.
+inline double squared(double others, double sum) {
   return (others < 1 ? others * others : others) / (sum * sum);
 }
 
@@ -45,22 +44,26 @@ inline double squared_others(double sum) {
 // ones. The largest is exactly 1, but is rounded when another is added: both sums are off by up to
 // kEpsilon of themselves, and so are their logarithms.
 template <typename Real>
-bool loss_is_exact(const KdProblem& p, double loss) {
+bool loss_is_exact(const KdProblem& p, const Sums<Real>& sums, double loss) {
   if (sizeof(Real) == 8) return true;
+  if (loss == INFINITY && !sums.masked) return false;  // logits near the largest number
   const double error = 2 * kEpsilon * p.temperature * p.temperature;
   return !(error > kLossBound * (1 + loss));  // NaN is as exact as it gets
 }
 
 template <typename Real, int P>
-bool gradient_is_exact(const KdProblem& p, const Sums<Real>& sums, const Factors& f, bool sure,
-                       double squares) {
+bool gradient_is_exact(const KdProblem& p, const Sums<Real>& sums, const Factors& f,
+                       const SureEntry& sure, double squares) {
   if (sizeof(Real) == 8) return true;
-  const bool hard = P != kNoCrossEntropy;
+  const bool hard = P != kNoCrossEntropy, is_sure = sure.index >= 0;
   if (!hard && squares == 0 && sums.cross == 0) return true;  // teacher = student
-  const auto v = sure ? squared_others : squared;
-  const double soft_scale = f.student * sums.student, hard_scale = hard ? f.hard * sums.hard : 0;
-  double error = hard ? hard_scale * hard_scale * v(sums.hard) : 0;
-  if (soft_scale != 0) error += soft_scale * soft_scale * (v(sums.student) + v(sums.teacher));
+  double error = 0;
+  if (const double scale = f.student * sums.student; scale != 0)
+    error += scale * scale *
+             (is_sure ? squared(sure.student, sums.student) + squared(sure.teacher, sums.teacher)
+                      : squared(sums.student) + squared(sums.teacher));
+  if (const double scale = f.hard * sums.hard; hard && scale != 0)
+    error += scale * scale * (is_sure ? squared(sure.hard, sums.hard) : squared(sums.hard));
   const double bound = gradient_bound(p.student_dtype);
   return !(error * kEpsilon * kEpsilon > squares * bound * bound);
 }
@@ -101,7 +104,7 @@ double hard_loss(const KdProblem& p, const Sums<Real>& sums, int64_t label, doub
 template <typename Real, int P>
 bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
                     const Scratch<Real>& scratch, char* grad, bool deferred, int64_t label) {
-  const Entry sure = sure_entry<Real, P>(p, sums, f, es, scratch, label);
+  const SureEntry sure = sure_entry<Real, P>(p, sums, f, es, scratch, label);
   Entry entries[] = {label_entry<Real, P>(p, sums, f, es, scratch, label), sure};
   if (sure.index == entries[0].index) entries[0].index = -1;
   double squares = 0;
@@ -114,7 +117,7 @@ bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f
     squares += e.gradient * e.gradient - smooth * smooth;
   }
   squares += sweep2<Real, P>(p, sums, f, es, scratch, grad, deferred);
-  if (!gradient_is_exact<Real, P>(p, sums, f, sure.index >= 0, squares)) return false;
+  if (!gradient_is_exact<Real, P>(p, sums, f, sure, squares)) return false;
   if (deferred) store_block(es, p.classes, p.student_dtype, grad, 0);
   for (const Entry& e : entries) {
     const Real value = (Real)e.gradient;
@@ -147,7 +150,7 @@ Good row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   Factors f = {};
   if (soft && p.want_soft) {
     p.soft[i] = soft_loss(p, sums);
-    if (!loss_is_exact<Real>(p, p.soft[i])) return kNothing;
+    if (!loss_is_exact(p, sums, p.soft[i])) return kNothing;
   }
   if (soft && p.alpha > 0) {
     f.student = p.soft_scale / sums.student;

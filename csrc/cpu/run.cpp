@@ -42,7 +42,7 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-// Below this many exponentials (rows * classes, both rows) waking a second thread costs more than
+// Below this many elements (rows * classes) waking a second thread costs more than
 // it saves: see benchmarks/NOTES.md.
 constexpr int64_t kParallelWork = 32768;
 // Rows are handed out in pieces of about this many classes, so that a delayed thread holds up

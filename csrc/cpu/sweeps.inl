@@ -2,8 +2,10 @@
 // sweep 2 turns them into the gradient. Included inside an anonymous namespace, after vectors.inl.
 
 constexpr double kLog2E = 1.4426950408889634074;
-// Stands for -inf once the maximum is subtracted: times a probability of 0 it is 0 and not NaN.
-constexpr double kMasked = -1e30;
+// The lowest number stands for -inf once the maximum is subtracted: times a probability of 0 it is
+// 0 and not NaN.
+inline float lowest_number(float) { return -0x1.fffffep127f; }
+inline double lowest_number(double) { return -0x1.fffffffffffffp1023; }
 
 // How the cross entropy's e^s is had from the divergence's e^(s/T): not at all, by raising it to
 // the integer power T, or by an exponential of its own.
@@ -143,7 +145,7 @@ void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sum
   const Exponent<Real> soft_exponent(kLog2E * inverse_t), hard_exponent(kLog2E);
   const V student_max = splat<Real>(reference_of(sums.student_max));
   const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
-  const V masked = splat<Real>((Real)kMasked);
+  const V masked = splat<Real>(lowest_number(Real()));
   WideVec<Real> student = {}, teacher = {}, cross = {}, hard = {};
   struct Two {
     V student = {}, teacher = {};
@@ -279,18 +281,22 @@ double gradient_block(Real* es, const Real* et, const Real* e1, int64_t n, doubl
   auto step = [&](V x, V y, V z) __attribute__((always_inline)) {
     V g = rounded(a * x) - rounded(b * y);
     if (P != kNoCrossEntropy) g += c * (P == kOwnExponential ? z : power<P>(x)) - d;
-    squares += g * g;
     return g;
   };
   int64_t i = 0;
 #pragma GCC unroll 4
-  for (; i + L <= n; i += L)
-    store(es + i, step(load(es + i), load(et + i), P == kOwnExponential ? load(e1 + i) : V{}));
+  for (; i + L <= n; i += L) {
+    const V z = P == kOwnExponential ? load(e1 + i) : V{};
+    const V g = step(load(es + i), load(et + i), z);
+    store(es + i, g);
+    squares += g * g;
+  }
   if (const int64_t left = n - i) {
     const Real zero = 0;
-    V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
-    const V g = step(load_part(es + i, left, zero), load_part(et + i, left, zero), z);
-    store_part(es + i, left, g);
+    const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
+    store_part(es + i, left, step(load_part(es + i, left, zero), load_part(et + i, left, zero), z));
+    const V g = load_part(es + i, left, zero);  // the lanes beyond hold -d
+    squares += g * g;
   }
   return total(widen(squares));
 }
@@ -329,6 +335,11 @@ double sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real
 struct Entry {
   int64_t index;  // -1: no such entry
   double gradient;
+};
+
+// That of the class the student is sure of, and the sums of all others' exponentials.
+struct SureEntry : Entry {
+  double student, teacher, hard;
 };
 
 // The label's: r_y - 1 cancels.
@@ -388,11 +399,11 @@ Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t 
 // Where the student is sure of a class, its entry is a difference of two numbers near 1 and keeps
 // few digits: 1 - q, 1 - p and 1 - r have to be summed over the other classes.
 template <typename Real, int P>
-Entry sure_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
-                 const Scratch<Real>& scratch, int64_t label) {
+SureEntry sure_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
+                     const Scratch<Real>& scratch, int64_t label) {
   const bool hard = P != kNoCrossEntropy;
   const bool by_hard = hard && sums.hard < 1.5;
-  if (!(sums.student < 1.5) && !by_hard) return {-1, 0};
+  if (!(sums.student < 1.5) && !by_hard) return {{-1, 0}, 0, 0, 0};
   int64_t sure = -1;
   double not_q = 0, not_p = 0, not_r = 0;
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
@@ -406,7 +417,7 @@ Entry sure_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, c
     not_p += others.teacher * step.teacher;
     not_r += others.hard * step.hard;
   }
-  if (sure < 0) return {-1, 0};  // NaN
+  if (sure < 0) return {{-1, 0}, 0, 0, 0};  // NaN
   double gradient = f.student == 0 ? 0 : rounded(f.teacher * not_p) - rounded(f.student * not_q);
   if (hard) {
     // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
@@ -414,5 +425,5 @@ Entry sure_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, c
     gradient += f.smooth_total - f.hard * not_r + f.smooth * w;
     if (label != sure) gradient += f.label;
   }
-  return {sure, gradient};
+  return {{sure, gradient}, not_q, not_p, not_r};
 }
