@@ -1,4 +1,4 @@
-# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls it.
+# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls run.
 
 _Rows = tuple[int, int, int]
 

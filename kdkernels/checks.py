@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kdkernels import backends
 
+# Beyond these T² and 1/T leave the numbers that float32 logits can be divided by.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 REDUCTIONS = ("mean", "sum", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -50,6 +52,11 @@ def _check_options(
     temperature = _number("temperature", temperature, "a finite number > 0")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, "
+            f"got {temperature}"
+        )
     alpha = _number("alpha", alpha, "a number in [0, 1]")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
@@ -199,7 +206,7 @@ def check_inplace(
         if other is None or not (student.numel() and other.numel()):
             continue
         other_first, other_last = _byte_range(other)
-        if first < other_last and other_first < last:
+        if first and first < other_last and other_first < last:
             raise ValueError(
                 f"inplace=True needs {name} outside the memory that student_logits span, as that "
                 "is overwritten"

@@ -160,7 +160,7 @@ def kd_loss(
             they are copied only if neighbouring classes are not neighbours in memory.
         teacher_logits: (..., C), any of these dtypes, on the same device.
         labels: (...), integers in [0, C) or ``ignore_index``; None needs ``alpha=1``.
-        temperature: T > 0, dividing both logits. Default 4.0.
+        temperature: T > 0, dividing both logits; from 1e-6 to 1e6. Default 4.0.
         alpha: share of the distillation term in [0, 1]. Default 0.9. A term whose share is 0 is
             no part of the loss, whatever its value.
         ignore_index: label of rows that contribute nothing, even if they hold NaN. Default -100.
@@ -180,7 +180,9 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, value, shape or device; it is named.
-        IndexError: a label outside [0, C) that is not ``ignore_index``.
+        IndexError: a label outside [0, C) that is not ``ignore_index``, for CPU tensors. Elsewhere
+            looking at labels would make the device wait: the row's loss is NaN, unless the
+            environment variable ``KDKERNELS_CHECK_LABELS=1`` asks for the check.
         RuntimeError: the named backend cannot run here, and why.
     """
     options = check_options(

@@ -77,12 +77,16 @@ def kd_terms(
     if labels is None:
         hard_active = torch.zeros_like(ones, dtype=torch.bool)
         soft_active = ~hard_active
+        out_of_range = hard_active
         target = torch.zeros_like(ones, dtype=torch.long)
     else:
         target = labels.reshape(-1).long()
         hard_active = target != ignore_index
         soft_active = torch.ones_like(hard_active) if distill_ignored else hard_active
-        target = torch.where(hard_active, target, 0)
+        # Labels out of range are never used as an index: on a GPU that would end the process.
+        in_range = (target >= 0) & (target < classes)
+        out_of_range = hard_active & ~in_range
+        target = torch.where(hard_active & in_range, target, 0)
 
     # Ignored rows are replaced before any arithmetic: 0 * NaN would reach the gradient.
     keep = soft_active[:, None]
@@ -95,6 +99,7 @@ def kd_terms(
         student, target, weight=weight, label_smoothing=label_smoothing, reduction="none"
     )
     hard = torch.where(hard_active, ce_rows, 0.0)
+    hard = torch.where(out_of_range, torch.nan, hard)
     if reduction == "none":
         soft, hard = soft.reshape(leading), hard.reshape(leading)
     elif reduction == "sum":

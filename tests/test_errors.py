@@ -5,6 +5,7 @@ And nothing else: not one bit of an input has changed, inplace=True included.
 
 import contextlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from kdkernels import FusedKDLoss, backends, kd_loss
 from kdkernels.backends import cpu
+from kdkernels.reference import kd_terms
 
 N, C = 4, 5
 
@@ -59,6 +61,14 @@ OPTIONS = [
     *(
         ({"temperature": value}, ValueError, rf"temperature .*finite number > 0, got {value}")
         for value in (0.0, -0.0, -1.0, math.nan, math.inf, -math.inf)
+    ),
+    *(
+        (
+            {"temperature": value},
+            ValueError,
+            rf"temperature .*1e-06 and 1000000.0, got {re.escape(str(value))}",
+        )
+        for value in (1e-39, 1e200)
     ),
     *(
         ({name: value}, ValueError, rf"{name} .*\[0, 1\], got {value}")
@@ -439,3 +449,25 @@ def test_inplace_takes_neighbours_in_one_buffer(backend):
     loss = kd_loss(student, teacher, y, inplace=True, backend=backend)
     assert torch.equal(loss, kd_loss(s, t, y, backend=backend))
     assert torch.equal(teacher, t)
+
+
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits", "labels", "weight"])
+def test_a_tensor_without_memory_is_named(name):
+    """FSDP frees storages; fake tensors never had any. A null pointer would end the process."""
+    s, t, y = inputs()
+    arguments = {"student_logits": s, "teacher_logits": t, "labels": y}
+    arguments["weight"] = torch.ones(C, dtype=torch.float64)
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name} holds no memory"):
+        kd_loss(**arguments, backend="cpu")
+
+
+def test_the_reference_never_indexes_with_a_label_out_of_range():
+    """On a GPU no check may wait for the device, and a bad index would end the process: NaN."""
+    s, t, y = inputs()
+    y[1], y[2] = C, -1
+    options = {"temperature": 2.0, "alpha": 0.5, "ignore_index": -100, "label_smoothing": 0.0}
+    terms = kd_terms(
+        s, t, y, weight=torch.ones(C), reduction="none", distill_ignored=False, **options
+    )
+    assert torch.isnan(terms.loss).tolist() == [False, True, True, False]

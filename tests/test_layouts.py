@@ -472,6 +472,11 @@ def test_a_lazy_minus_sign_is_not_overlooked():
     assert lazy.is_neg()
     assert torch.equal(kd_loss(lazy, other, labels), kd_loss(plain, other, labels))
     assert torch.equal(kd_loss(other, lazy, labels), kd_loss(other, plain, labels))
+    weight, negative = torch.rand(C) + 0.5, torch._neg_view(-labels)
+    expected = kd_loss(plain, other, labels, weight=weight, reduction="sum")
+    lazy_weight = torch._neg_view(-weight.double())
+    got = kd_loss(plain, other, negative, weight=lazy_weight, reduction="sum")
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     x, z = plain.clone().requires_grad_(), (-plain).requires_grad_()
     kd_loss(x, other, labels).backward()
     for inplace in (False, True):

@@ -141,6 +141,23 @@ def test_a_student_close_to_its_teacher_still_gets_a_gradient(classes, alpha, in
             assert error <= GRAD_BOUND[torch.float32] * truth[row].norm() + 1e-12
 
 
+@pytest.mark.parametrize("classes", [3, 5, 8, 9, 17, 40, 130])
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+def test_a_student_that_has_learnt_its_smoothed_labels_still_gets_a_gradient(
+    classes, label_smoothing
+):
+    """r is all but the smoothed label. Sizes: of the last vector some lanes are beyond the row."""
+    _, noise, y = inputs(1, classes)
+    target = torch.full((1, classes), label_smoothing / classes)
+    target[0, y] += 1 - label_smoothing
+    s = target.log() + 0.01 * noise
+    options = {"alpha": 0.0, "label_smoothing": label_smoothing}
+    truth = oracle(s, s, y, **options)[3]
+    x = s.clone().requires_grad_()
+    kd_loss(x, s, y, **options).backward()
+    assert (x.grad.double() - truth).norm() <= GRAD_BOUND[torch.float32] * truth.norm()
+
+
 def test_the_loss_is_accumulated_in_float32_for_half_precision():
     """A sum of 8,192 rows in fp16 or bf16 overflows or stalls (Liger-Kernel #300)."""
     for dtype in (torch.float16, torch.bfloat16):

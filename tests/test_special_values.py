@@ -152,6 +152,19 @@ def test_the_dtypes_lowest_number_masks_as_well(backend, dtype):
     assert (grad[:, 20:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])  # at higher ones the loss exceeds float32
+def test_the_lowest_number_in_the_student_alone_costs_what_it_costs(dtype, temperature):
+    """It is finite: the loss is huge, and not that of some other large number."""
+    lowest = torch.finfo(dtype).min if dtype != torch.float64 else -1e35
+    s, t = torch.tensor([[lowest, 0, 1]], dtype=dtype), torch.zeros(1, 3, dtype=dtype)
+    loss, grad = value_and_grad(s, t, temperature=temperature, alpha=1.0)
+    expected, _, _, expected_grad = oracle(s, t, temperature=temperature, alpha=1.0)
+    assert abs(loss.double() - expected) <= 2e-6 * expected
+    bound = 2.0**-8 if dtype == torch.bfloat16 else 2e-6
+    assert (grad.double() - expected_grad).norm() <= bound * expected_grad.norm()
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 0.9])
 def test_spreads_beyond_e_to_the_104_keep_a_finite_gradient(temperature):
     """Probabilities below the smallest float32 (Liger-Kernel #1453); T = 0.05 (Soup #719)."""

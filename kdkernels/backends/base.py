@@ -86,4 +86,4 @@ class Backend(Protocol):
         """Loss, and on request its terms and the gradient (``inplace``: over ``student``)."""
 
     def scale(self, grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
-        """:func:`scale_gradient` without making the host wait for the device."""
+        """What :func:`scale_gradient` does; a GPU backend must not make the host wait for it."""

@@ -74,9 +74,9 @@ class CPUBackend:
         if labels is not None:
             if labels.dtype not in (torch.int64, torch.int32):
                 labels = labels.long()
-            labels = labels.contiguous()
+            labels = labels.resolve_neg().contiguous()
         if weight is not None:
-            weight = weight.to(torch.float64).contiguous()
+            weight = weight.to(torch.float64).resolve_neg().contiguous()
         grad, grad_rows = None, student_rows
         if want_grad and inplace:
             grad = source.detach()
@@ -89,10 +89,10 @@ class CPUBackend:
         soft = torch.empty_like(loss) if want_terms else None
         hard = torch.empty_like(loss) if want_terms else None
         grad_scale = _cpu.run(
-            source.data_ptr(),
-            teacher.data_ptr(),
-            0 if labels is None else labels.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
+            _address("student_logits", source),
+            _address("teacher_logits", teacher),
+            0 if labels is None else _address("labels", labels),
+            0 if weight is None else _address("weight", weight),
             0 if grad is None else grad.data_ptr(),
             loss.data_ptr(),
             0 if soft is None else soft.data_ptr(),
@@ -116,6 +116,16 @@ class CPUBackend:
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
         return Result(loss, soft, hard, grad, grad_scale)
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ValueError(
+            f"{name} holds no memory that a kernel could read: a freed storage, or a fake or "
+            "functional tensor"
+        )
+    return address
 
 
 def _laid_out(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -123,7 +123,7 @@ bool check(const Case& c, std::mt19937& random) {
   p.grad_rows = {1, c.inplace ? stride : c.classes, 0};
   p.labels_are_int64 = !c.narrow_labels;
   p.distill_ignored = c.distill_ignored;
-  p.want_soft = p.want_hard = true;
+  p.want_soft = true;
   p.want_hard = !c.no_labels;
   p.rows = c.rows;
   p.classes = c.classes;
