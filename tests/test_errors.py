@@ -5,7 +5,6 @@ And nothing else: not one bit of an input has changed, inplace=True included.
 
 import contextlib
 import math
-import re
 
 import numpy as np
 import pytest
@@ -63,12 +62,8 @@ OPTIONS = [
         for value in (0.0, -0.0, -1.0, math.nan, math.inf, -math.inf)
     ),
     *(
-        (
-            {"temperature": value},
-            ValueError,
-            rf"temperature .*1e-06 and 1000000.0, got {re.escape(str(value))}",
-        )
-        for value in (1e-39, 1e200)
+        ({"temperature": value}, ValueError, f"temperature .*1e-06 and 1000000.0, got {shown}")
+        for value, shown in ((1e-39, "1e-39"), (1e200, r"1e\+200"))
     ),
     *(
         ({name: value}, ValueError, rf"{name} .*\[0, 1\], got {value}")
