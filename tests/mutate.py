@@ -43,7 +43,6 @@ FAULTS = [
     ("csrc/cpu/rows.inl", "return !(error * kEpsilon * kEpsilon > squares", "return !(0 > squares"),
     ("csrc/cpu/rows.inl", "sizeof(Real) == 4 && p.grad == p.student", "false"),
     ("csrc/cpu/run.cpp", "p.student_dtype == kFloat16 ? float16_scale", "false ? float16_scale"),
-    ("csrc/cpu/vectors.inl", "(b >> 16) & 1u", "0u"),
     # Label smoothing.
     ("csrc/cpu/rows.inl", "smooth * (p.weight_sum * (lse", "(p.weight_sum * (lse"),
     ("csrc/cpu/sweeps.inl", "f.smooth * w;\n    if (label", "0;\n    if (label"),

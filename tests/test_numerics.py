@@ -158,6 +158,18 @@ def test_a_student_that_has_learnt_its_smoothed_labels_still_gets_a_gradient(
     assert (x.grad.double() - truth).norm() <= GRAD_BOUND[torch.float32] * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_rounded_as_torch_rounds(dtype):
+    """To the nearest, ties to even: the float32 gradient of the same values, converted."""
+    s, t, y = inputs(64, 33, dtype=dtype)
+    options = {"temperature": 1.0, "reduction": "sum"}
+    half, single = s.clone().requires_grad_(), s.float().requires_grad_()
+    kd_loss(half, t, y, **options).backward()
+    kd_loss(single, t, y, **options).backward()
+    same = half.grad == single.grad.to(dtype)
+    assert same.float().mean() > 0.99  # float16 is scaled first: its subnormals may differ
+
+
 def test_the_loss_is_accumulated_in_float32_for_half_precision():
     """A sum of 8,192 rows in fp16 or bf16 overflows or stalls (Liger-Kernel #300)."""
     for dtype in (torch.float16, torch.bfloat16):
