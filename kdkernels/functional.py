@@ -71,8 +71,8 @@ class _Overwritten(torch.autograd.Function):
         )
 
 
-# Teacher, labels, weight. In a tuple autograd does not look at them, which costs it 2 µs a tensor;
-# nor could it save those made in inference mode.
+# Teacher, labels, weight. In a tuple autograd does not see them: they have no gradient, and those
+# made in inference mode it could not save.
 Constants = tuple[Tensor, Tensor | None, Tensor | None]
 
 
