@@ -98,8 +98,8 @@ def kd_terms(
     ce_rows = F.cross_entropy(
         student, target, weight=weight, label_smoothing=label_smoothing, reduction="none"
     )
+    ce_rows = ce_rows * torch.where(out_of_range, torch.nan, 1.0)  # the gradient's row as well
     hard = torch.where(hard_active, ce_rows, 0.0)
-    hard = torch.where(out_of_range, torch.nan, hard)
     if reduction == "none":
         soft, hard = soft.reshape(leading), hard.reshape(leading)
     elif reduction == "sum":

@@ -10,7 +10,7 @@ from oracle import oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import kd_loss
-from kdkernels.backends import cpu
+from kdkernels.backends import cpu, native
 
 LOSS_BOUND, GRAD_BOUND = 2e-6, 2e-6
 named_backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -294,9 +294,9 @@ def native_arguments(monkeypatch):
         @staticmethod
         def run(*arguments):
             calls.append(arguments)
-            return native.run(*arguments)
+            return module.run(*arguments)
 
-    native = cpu._cpu
+    module = cpu._cpu
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "_cpu", Spy)
         yield calls
@@ -306,7 +306,7 @@ def native_arguments(monkeypatch):
 @walked
 def test_rows_with_unit_class_stride_are_not_copied(layout, dtype, monkeypatch):
     s, t = layout(dtype=dtype, seed=1), layout(dtype=dtype, seed=2)
-    assert cpu._laid_out(s)[0] is s
+    assert native.laid_out(s)[0] is s
     y = labels_for(s)
     x = s.detach().requires_grad_()
     with native_arguments(monkeypatch) as calls, Operations(max(s.numel(), 2)) as operations:
@@ -334,7 +334,7 @@ def test_other_layouts_are_copied_once_each(layout, monkeypatch):
 @layouts
 def test_rows_are_found_where_torch_has_them(layout, dtype):
     x = layout(dtype=dtype, seed=1)
-    source, (inner, outer, step) = cpu._laid_out(x)
+    source, (inner, outer, step) = native.laid_out(x)
     row_width = x.shape[-1]
     rows = [
         source.as_strided(
@@ -444,7 +444,7 @@ def test_inplace_allocates_no_second_gradient(shape, view, dtype):
     base = randn(*shape, seed=1, dtype=dtype).requires_grad_() * 1.0
     student = view(base)
     t, y = randn(*student.shape, seed=2, dtype=dtype), labels_for(student)
-    is_copied = cpu._laid_out(student)[0] is not student
+    is_copied = native.laid_out(student)[0] is not student
     with Operations(max(student.numel(), 2)) as operations:
         kd_loss(student, t, y, inplace=True, reduction="sum")
     assert operations.allocated == 0
