@@ -1,11 +1,15 @@
-"""Builds the native part with ninja; pyproject.toml holds everything else.
+"""Builds the native parts with ninja; pyproject.toml holds everything else.
 
-Each instruction set's unit has flags of its own, which setuptools cannot express, so the build is
-a small ninja file. A machine without a compiler still installs: the reason is kept in
+Each unit has flags of its own, which setuptools cannot express, so the builds are small ninja
+files. A machine without a compiler, or without CUDA, still installs: the reason is kept in
 ``kdkernels/_build.json`` and shown by ``python -m kdkernels info``.
 
 Environment:
     CXX: the C++ compiler (default: c++, g++ or clang++, whichever is found first).
+    KDKERNELS_CUDA: 1 builds the CUDA kernels although no GPU is visible, 0 never does.
+    KDKERNELS_CUDA_ARCHS: what for, such as "80;90" (default: the GPUs that are visible; without
+        one, 80 and 90, and PTX for later ones).
+    NVCC: CUDA's compiler (default: of CUDA_HOME, else nvcc on the PATH).
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra "
     "-Wno-psabi -Wno-unknown-pragmas"
 )
+CUDA_SOURCES = ["rows_bf16.cu", "rows_f16.cu", "rows_f32.cu", "rows_f64.cu", "run.cu"]
+# No contraction: a*x - b*y has to be 0 where both products are the same.
+NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden --cudart=static"
 
 
 def find_compiler() -> str:
@@ -55,6 +62,78 @@ def find_ninja() -> str:
         return str(Path(ninja.BIN_DIR) / "ninja")
     except ImportError:
         return "ninja"
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [os.environ.get("NVCC"), home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
+    for candidate in filter(None, candidates):
+        if found := shutil.which(candidate):
+            return found
+    raise RuntimeError("no nvcc found (on the PATH, in CUDA_HOME, or named by NVCC)")
+
+
+def visible_architectures() -> list[str]:
+    """Compute capabilities of this machine's GPUs, such as ["90"]."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if answer.returncode:
+        return []
+    return sorted({line.strip().replace(".", "") for line in answer.stdout.splitlines() if line})
+
+
+def cuda_architectures() -> tuple[list[str], bool]:
+    """What to build for, and whether PTX for later GPUs goes with it.
+
+    Raises:
+        RuntimeError: the CUDA kernels are not to be built, and why.
+    """
+    wanted = os.environ.get("KDKERNELS_CUDA", "")
+    if wanted == "0":
+        raise RuntimeError("KDKERNELS_CUDA=0")
+    named = os.environ.get("KDKERNELS_CUDA_ARCHS", "").replace(",", ";")
+    visible = visible_architectures()
+    if not visible and wanted != "1":
+        raise RuntimeError("no NVIDIA GPU was visible (KDKERNELS_CUDA=1 builds all the same)")
+    if named:
+        return [
+            part.strip().removeprefix("sm_") for part in named.split(";") if part.strip()
+        ], False
+    return (visible, False) if visible else (["80", "90"], True)
+
+
+def cuda_ninja_file(target: Path, compiler: str) -> str:
+    import pybind11
+
+    architectures, with_ptx = cuda_architectures()
+    nvcc = find_nvcc()
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    if with_ptx:
+        codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    named = ", ".join(f"sm_{a}" for a in architectures) + (" and PTX" if with_ptx else "")
+    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+    folder = ROOT.resolve() / "csrc" / "cuda"
+    lines = [
+        "rule cuda",
+        f"  command = {nvcc} {NVCCFLAGS} {' '.join(codes)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile",
+        f"  command = {compiler} {CXXFLAGS} '-DKD_ARCHITECTURES=\"{named}\"' {includes} -MMD "
+        "-MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {nvcc} -shared --cudart=static $in -o $out",
+    ]
+    objects = [f"{source}.o" for source in CUDA_SOURCES]
+    lines += [f"build {s}.o: cuda {_escape(folder / s)}" for s in CUDA_SOURCES]
+    lines.append(f"build bindings.o: compile {_escape(folder / 'bindings.cpp')}")
+    lines.append(f"build {_escape(target)}: link {' '.join(objects)} bindings.o")
+    return "\n".join(lines) + "\n"
 
 
 def ninja_file(target: Path, compiler: str) -> str:
@@ -91,6 +170,14 @@ def _escape(path: Path) -> str:
 
 
 class NinjaBuild(build_ext):
+    def run(self) -> None:
+        self.reasons: dict[str, str] = {}
+        super().run()
+        # Beside the modules: setuptools has moved them into the source tree, if that was asked for.
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        record = package / "kdkernels" / "_build.json"
+        record.write_text(json.dumps(self.reasons) + "\n")
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,18 +185,22 @@ class NinjaBuild(build_ext):
         package = ROOT / "kdkernels" if self.inplace or self.editable_mode else target.parent
         for folder in {target.parent, package}:  # a stale module must not outlive a failed build
             (folder / target.name).unlink(missing_ok=True)
-        reason = ""
+        module = ext.name.removeprefix("kdkernels._")
+        describe = {"cpu": ninja_file, "cuda": cuda_ninja_file}[module]
+        self.reasons[module] = ""
         try:
-            self._build(target)
+            self._build(target, describe(target, find_compiler()))
         except (RuntimeError, OSError, ImportError) as error:
-            reason = str(error)
-            self.warn(f"kdkernels: the CPU kernels are not built, the reference serves: {reason}")
-        (package / "_build.json").write_text(json.dumps({"cpu": reason}) + "\n")
+            self.reasons[module] = str(error)
+            if module == "cpu":
+                self.warn(f"the CPU kernels are not built, the slower reference serves: {error}")
+            else:
+                print(f"kdkernels: the CUDA kernels are not built: {error}")
 
-    def _build(self, target: Path) -> None:
-        folder = Path(self.build_temp).resolve()
+    def _build(self, target: Path, description: str) -> None:
+        folder = Path(self.build_temp).resolve() / target.name.partition(".")[0]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(target, find_compiler()), encoding="utf-8")
+        (folder / "build.ninja").write_text(description, encoding="utf-8")
         run = subprocess.run(
             [find_ninja(), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -122,6 +213,9 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("kdkernels._cpu", sources=[], optional=True)],
+    ext_modules=[
+        Extension("kdkernels._cpu", sources=[], optional=True),
+        Extension("kdkernels._cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -17,7 +17,7 @@ TESTS = ["test_numerics.py", "test_special_values.py", "test_autograd.py"]
 # (file, what stands there, what is put in its place)
 FAULTS = [
     # T² left out of the value, of the gradient (T² / T), of one of the two logits.
-    ("csrc/cpu/rows.inl", "return t * t * kl", "return kl"),
+    ("csrc/row_math.inl", "return t * t * kl", "return kl"),
     ("csrc/cpu/run.cpp", "p.alpha * p.temperature / soft_rows", "p.alpha / soft_rows"),
     ("csrc/cpu/sweeps.inl", "exp2_scaled(dt, soft_exponent)", "exp2_scaled(dt, hard_exponent)"),
     # p and q swapped, in the value and in the gradient.

@@ -18,55 +18,11 @@
 
 namespace {
 
+#include "../row_math.inl"
+
 #include "vectors.inl"
 
 #include "sweeps.inl"
-
-// ---- is float32 enough? ------------------------------------------------------------------------
-
-// A float32 exponential is off by up to about this much of itself. The loss multiplies that by T^2,
-// and the gradient is a difference of exponentials that may be small: a row that this puts at risk
-// is visited again in double. At T <= 4 the loss is never at risk.
-constexpr double kEpsilon = 0x1p-24;
-constexpr double kLossBound = 2e-6;  // what the package promises, of 1 + loss
-
-// Of the gradient's norm: half of what the package promises, as products are rounded, too.
-inline double gradient_bound(KdDtype dtype) { return dtype == kFloat32 ? 1e-6 : 0x1p-13; }
-
-// At most the sum of the squared probabilities, of which the largest is 1 / sum.
-inline double squared(double sum) { return 1 / sum; }
-// The same for some of them, whose exponentials add up to `others`.
-inline double squared(double others, double sum) {
-  return (others < 1 ? others * others : others) / (sum * sum);
-}
-
-// The errors of the exponentials do not average out over the classes, as equal logits have equal
-// ones. The largest is exactly 1, but is rounded when another is added: both sums are off by up to
-// kEpsilon of themselves, and so are their logarithms.
-template <typename Real>
-bool loss_is_exact(const KdProblem& p, const Sums<Real>& sums, double loss) {
-  if (sizeof(Real) == 8) return true;
-  if (loss == INFINITY && !sums.masked) return false;  // logits near the largest number
-  const double error = 2 * kEpsilon * p.temperature * p.temperature;
-  return !(error > kLossBound * (1 + loss));  // NaN is as exact as it gets
-}
-
-template <typename Real, int P>
-bool gradient_is_exact(const KdProblem& p, const Sums<Real>& sums, const Factors& f,
-                       const SureEntry& sure, double squares) {
-  if (sizeof(Real) == 8) return true;
-  const bool hard = P != kNoCrossEntropy, is_sure = sure.index >= 0;
-  if (!hard && squares == 0 && sums.cross == 0) return true;  // teacher = student
-  double error = 0;
-  if (const double scale = f.student * sums.student; scale != 0)
-    error += scale * scale *
-             (is_sure ? squared(sure.student, sums.student) + squared(sure.teacher, sums.teacher)
-                      : squared(sums.student) + squared(sums.teacher));
-  if (const double scale = f.hard * sums.hard; hard && scale != 0)
-    error += scale * scale * (is_sure ? squared(sure.hard, sums.hard) : squared(sums.hard));
-  const double bound = gradient_bound(p.student_dtype);
-  return !(error * kEpsilon * kEpsilon > squares * bound * bound);
-}
 
 // ---- one row -----------------------------------------------------------------------------------
 
@@ -74,38 +30,15 @@ inline int64_t element_size(KdDtype dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
 
-template <typename Real>
-double soft_loss(const KdProblem& p, const Sums<Real>& sums) {
-  const double t = p.temperature;
-  double kl = sums.cross / (sums.teacher * t) + log(sums.student / sums.teacher);
-  if (kl < 0) kl = 0;  // rounding; KL is not negative
-  if (sums.masked && kl == kl) kl = INFINITY;
-  if (!(sums.student > 0)) kl = NAN;  // every class masked: no distribution
-  return t * t * kl;
-}
-
-// The cross entropy of a row, and its factors of the gradient.
-template <typename Real>
-double hard_loss(const KdProblem& p, const Sums<Real>& sums, int64_t label, double at_label,
-                 Factors& f) {
-  const double w = p.weight ? p.weight[label] : 1.0, epsilon = p.label_smoothing;
-  const double smooth = epsilon / (double)p.classes;
-  f.smooth = -p.hard_scale * smooth;
-  f.smooth_total = p.hard_scale * smooth * p.weight_sum;
-  f.label = p.hard_scale * (1 - epsilon) * w;
-  f.hard = (f.label + f.smooth_total) / sums.hard;
-  const double lse = log(sums.hard), max = reference_of(sums.student_max);
-  const double loss = (1 - epsilon) * w * (lse - (at_label - max));
-  return epsilon > 0 ? loss + smooth * (p.weight_sum * (lse + max) - sums.smooth) : loss;
-}
-
 // Sweep 2 with the entries that cancel put in; false, and in place nothing is lost, if float32 was
 // not enough.
 template <typename Real, int P>
 bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
                     const Scratch<Real>& scratch, char* grad, bool deferred, int64_t label) {
-  const SureEntry sure = sure_entry<Real, P>(p, sums, f, es, scratch, label);
-  Entry entries[] = {label_entry<Real, P>(p, sums, f, es, scratch, label), sure};
+  const bool hard = P != kNoCrossEntropy;
+  const Sure sure = sure_class<Real, P>(p, sums, es, scratch);
+  Entry entries[] = {label_entry<Real, P>(p, sums, f, es, scratch, label), {sure.index, 0}};
+  if (sure.index >= 0) entries[1].gradient = sure_gradient(p, f, sure, hard, label);
   if (sure.index == entries[0].index) entries[0].index = -1;
   double squares = 0;
   for (const Entry& e : entries) {
@@ -117,7 +50,7 @@ bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f
     squares += e.gradient * e.gradient - smooth * smooth;
   }
   squares += sweep2<Real, P>(p, sums, f, es, scratch, grad, deferred);
-  if (!gradient_is_exact<Real, P>(p, sums, f, sure, squares)) return false;
+  if (!gradient_is_exact(p, sums, f, hard, sure, squares, kEpsilon)) return false;
   if (deferred) store_block(es, p.classes, p.student_dtype, grad, 0);
   for (const Entry& e : entries) {
     const Real value = (Real)e.gradient;
@@ -150,13 +83,10 @@ Good row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   Factors f = {};
   if (soft && p.want_soft) {
     p.soft[i] = soft_loss(p, sums);
-    if (!loss_is_exact(p, sums, p.soft[i])) return kNothing;
+    if (!loss_is_exact(p, sums, p.soft[i], kEpsilon)) return kNothing;
   }
-  if (soft && p.alpha > 0) {
-    f.student = p.soft_scale / sums.student;
-    f.teacher = p.soft_scale / sums.teacher;
-  }
-  if (hard) p.hard[i] = hard_loss(p, sums, label, at_label, f);
+  if (soft && p.alpha > 0) soft_factors(p.scales, sums, f);
+  if (hard) p.hard[i] = hard_loss(p, p.scales, sums, label, at_label, f);
   if (!grad) return kAll;
   // A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
   const auto write = P != kNoCrossEntropy && p.alpha == 1 ? write_gradient<Real, kNoCrossEntropy>

@@ -16,6 +16,8 @@
 
 namespace {
 
+#include "../row_math.inl"
+
 struct InstructionSet {
   const char* name;
   KdRowsFn rows;
@@ -70,14 +72,8 @@ Counts count(const KdProblem& p) {
   return c;
 }
 
-// float16 has five bits of exponent: a gradient of 1/(N*C) would be lost in its subnormals before
-// a gradient scaler could lift it. The largest possible entry is brought to about 2^14 instead.
-double float16_scale(const KdProblem& p, double soft_scale, double hard_scale) {
-  double weight = 1;
-  for (int64_t k = 0; p.weight && k < p.classes; ++k) weight = std::max(weight, p.weight[k]);
-  const double bound = soft_scale + 2 * hard_scale * weight;
-  if (!(bound > 0) || !std::isfinite(bound)) return 1;
-  return std::exp2(std::floor(std::log2(16384 / bound)));
+double max_weight(const KdProblem& p) {
+  return p.weight && p.classes ? *std::max_element(p.weight, p.weight + p.classes) : 1;
 }
 
 // First touch of a large fresh gradient costs more in page faults than its arithmetic.
@@ -157,21 +153,6 @@ double sum(const double* values, int64_t n) {
   return total;
 }
 
-double blend(double alpha, double soft, double hard) {
-  // A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
-  if (alpha == 0) return hard;
-  if (alpha == 1) return soft;
-  return alpha * soft + (1 - alpha) * hard;
-}
-
-void put(void* target, bool in_float64, int64_t i, double value) {
-  if (!target) return;
-  if (in_float64)
-    static_cast<double*>(target)[i] = value;
-  else
-    static_cast<float*>(target)[i] = static_cast<float>(value);
-}
-
 }  // namespace
 
 const char* kd_instruction_set() { return instruction_set().name; }
@@ -183,13 +164,15 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   const bool mean = out.reduction == kMean;
   const double soft_rows = mean && counts.soft ? static_cast<double>(counts.soft) : 1;
   const double hard_rows = mean && counts.hard != 0 ? counts.hard : 1;
-  p.weight_sum = p.weight ? sum(p.weight, p.classes) : static_cast<double>(p.classes);
-  p.soft_scale = p.alpha * p.temperature / soft_rows;
-  p.hard_scale = (1 - p.alpha) / hard_rows;
+  p.scales.weight_sum = p.weight ? sum(p.weight, p.classes) : static_cast<double>(p.classes);
+  p.scales.soft_scale = p.alpha * p.temperature / soft_rows;
+  p.scales.hard_scale = (1 - p.alpha) / hard_rows;
   const double grad_scale =
-      p.grad && p.student_dtype == kFloat16 ? float16_scale(p, p.soft_scale, p.hard_scale) : 1;
-  p.soft_scale *= grad_scale;
-  p.hard_scale *= grad_scale;
+      p.grad && p.student_dtype == kFloat16
+          ? float16_scale(p.scales.soft_scale, p.scales.hard_scale, max_weight(p))
+          : 1;
+  p.scales.soft_scale *= grad_scale;
+  p.scales.hard_scale *= grad_scale;
   p.in_double = p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64;
   std::vector<double> terms(static_cast<size_t>(2 * p.rows));
   p.soft = terms.data();

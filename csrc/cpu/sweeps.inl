@@ -17,23 +17,6 @@ struct Scratch {
   Real *student_max, *teacher_max;  // [blocks] the maxima each block's exponentials refer to
 };
 
-// Sums over the classes seen so far, relative to the running maxima.
-template <typename Real>
-struct Sums {
-  Real student_max, teacher_max;
-  double student;  // sum e^((s - max)/T)
-  double teacher;  // sum e^((t - max)/T)
-  double cross;    // sum e^((t - max)/T) * ((t - max) - (s - max))
-  double hard;     // sum e^(s - max)
-  double smooth;   // sum w * s, for label smoothing
-  bool masked;     // the student has -inf where the teacher has mass
-};
-
-template <typename Real>
-inline Real reference_of(Real max) {
-  return max == -INFINITY ? 0 : max;
-}
-
 // A block of a row as Real: the row itself, or `scratch` filled with the converted values.
 template <typename Real>
 inline const Real* load_block(const void* row, KdDtype dtype, int64_t first, int64_t n,
@@ -102,26 +85,6 @@ Extremes<Real> extremes(const Real* s, const Real* t, int64_t n) {
   const Real none = NAN;  // compares neither way
   if (i < n) step(load_part(s + i, n - i, none), load_part(t + i, n - i, none));
   return {highest<Real>(high), lowest<Real>(low), highest<Real>(teacher)};
-}
-
-// Moves the sums over to new maxima, so that the next block can be added.
-template <typename Real>
-void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max, double inverse_t) {
-  if (student_max > sums.student_max) {
-    double step = (double)student_max - reference_of(sums.student_max);
-    double seen = sums.student_max == -INFINITY ? 0.0 : 1.0;  // e^step of a -inf may overflow
-    sums.student *= seen == 0 ? 0.0 : exp(-step * inverse_t);
-    sums.hard *= seen == 0 ? 0.0 : exp(-step);
-    sums.cross += sums.teacher * step;
-    sums.student_max = student_max;
-  }
-  if (teacher_max > sums.teacher_max) {
-    double step = (double)teacher_max - reference_of(sums.teacher_max);
-    double factor = sums.teacher_max == -INFINITY ? 0.0 : exp(-step * inverse_t);
-    sums.cross = factor == 0 ? 0.0 : factor * (sums.cross - sums.teacher * step);
-    sums.teacher *= factor;
-    sums.teacher_max = teacher_max;
-  }
 }
 
 template <int P, typename V>
@@ -243,15 +206,6 @@ Sums<Real> sweep1(const KdProblem& p, const void* student, const void* teacher, 
   return sums;
 }
 
-// What sweep 2 multiplies the exponentials with, before each block's own maxima come in.
-struct Factors {
-  double student, teacher;  // of q and p
-  double hard;              // of r
-  double smooth;            // of the class weights: -epsilon / C
-  double smooth_total;      // the same summed over the classes, without its sign
-  double label;             // taken off at the label
-};
-
 // From the maxima that block b's exponentials refer to, to the row's.
 struct Step {
   double student, teacher, hard;
@@ -337,11 +291,6 @@ struct Entry {
   double gradient;
 };
 
-// That of the class the student is sure of, and the sums of all others' exponentials.
-struct SureEntry : Entry {
-  double student, teacher, hard;
-};
-
 // The label's: r_y - 1 cancels.
 template <typename Real, int P>
 Entry label_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
@@ -396,34 +345,23 @@ Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t 
   return others;
 }
 
-// Where the student is sure of a class, its entry is a difference of two numbers near 1 and keeps
-// few digits: 1 - q, 1 - p and 1 - r have to be summed over the other classes.
+// 1 - q, 1 - p and 1 - r of the class the student is sure of, summed over the other classes.
 template <typename Real, int P>
-SureEntry sure_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
-                     const Scratch<Real>& scratch, int64_t label) {
-  const bool hard = P != kNoCrossEntropy;
-  const bool by_hard = hard && sums.hard < 1.5;
-  if (!(sums.student < 1.5) && !by_hard) return {{-1, 0}, 0, 0, 0};
-  int64_t sure = -1;
-  double not_q = 0, not_p = 0, not_r = 0;
+Sure sure_class(const KdProblem& p, const Sums<Real>& sums, const Real* es,
+                const Scratch<Real>& scratch) {
+  Sure sure = {-1, 0, 0, 0};
+  const bool hard = P != kNoCrossEntropy, by_hard = sure_by_hard(sums, hard);
+  if (!is_sure(sums, hard)) return sure;
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
     const bool saw_max = scratch.student_max[b] == sums.student_max;
     const Others<Real> others = sum_others<Real, P>(es + first, scratch.teacher + first,
                                                     scratch.hard + first, n, saw_max, by_hard);
-    if (others.maximum >= 0) sure = first + others.maximum;
+    if (others.maximum >= 0) sure.index = first + others.maximum;
     const Step step = step_to(p, sums, scratch, b);
-    not_q += others.student * step.student;
-    not_p += others.teacher * step.teacher;
-    not_r += others.hard * step.hard;
+    sure.student += others.student * step.student;
+    sure.teacher += others.teacher * step.teacher;
+    sure.hard += others.hard * step.hard;
   }
-  if (sure < 0) return {{-1, 0}, 0, 0, 0};  // NaN
-  double gradient = f.student == 0 ? 0 : rounded(f.teacher * not_p) - rounded(f.student * not_q);
-  if (hard) {
-    // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
-    const double w = p.weight ? p.weight[sure] : 1.0;
-    gradient += f.smooth_total - f.hard * not_r + f.smooth * w;
-    if (label != sure) gradient += f.label;
-  }
-  return {{sure, gradient}, not_q, not_p, not_r};
+  return sure;  // index -1: NaN
 }

@@ -194,18 +194,6 @@ KD_INLINE V exp2_scaled(V d, const Exponent<Real>& scale) {
   return exp2_fraction(f) * (V)exponent;
 }
 
-// A product rounded where it stands: contracting a*x - b*y into one FMA rounds only one of the two,
-// and teacher = student would leave a gradient of rounding errors instead of 0.
-template <typename V>
-KD_INLINE V rounded(V v) {
-#if defined(__x86_64__) || defined(__i386__)
-  __asm__("" : "+x"(v));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(v));
-#endif
-  return v;
-}
-
 // ---- element types -----------------------------------------------------------------------------
 
 KD_INLINE float bits_to_float(uint32_t u) {

@@ -13,10 +13,14 @@ import torch
 
 from kdkernels.backends.base import Backend, Result
 from kdkernels.backends.cpu import CPUBackend
+from kdkernels.backends.cuda import CUDABackend
 from kdkernels.backends.reference import ReferenceBackend
+from kdkernels.backends.triton import TritonBackend
 
 # Best first; the reference runs everywhere.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CPUBackend(), CUDABackend(), TritonBackend(), ReferenceBackend())
+}
 NAMES = tuple(BACKENDS)
 
 
@@ -34,17 +38,19 @@ def select(
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return BACKENDS[name]
+    reasons: list[str] = []  # of the backends that were made for this device
     for backend in BACKENDS.values():
         reason = backend.why_not(device_type, student_dtype, teacher_dtype)
         if reason is None:
+            if reasons and backend.name == "reference":  # select is cached: the warning comes once
+                warnings.warn(
+                    f"kdkernels uses the slower reference: {'; '.join(reasons)}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             return backend
-        if backend.device_type == device_type:  # select is cached: the warning comes once
-            warnings.warn(
-                f"kdkernels uses the slower reference: backend {backend.name!r} cannot run: "
-                f"{reason}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        if device_type in backend.device_types:
+            reasons.append(f"backend {backend.name!r} cannot run: {reason}")
     raise AssertionError("the reference serves every device and dtype")
 
 

@@ -59,7 +59,7 @@ class Backend(Protocol):
     """One implementation of the loss. Inputs of ``run`` have been checked."""
 
     name: str
-    device_type: str | None  # None: any
+    device_types: tuple[str, ...]  # it was made for; the reference serves any
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""

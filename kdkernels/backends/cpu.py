@@ -25,7 +25,7 @@ except ImportError as error:
 
 class CPUBackend:
     name = "cpu"
-    device_type: str | None = "cpu"
+    device_types: tuple[str, ...] = ("cpu",)
 
     def unavailable(self) -> str | None:
         return None if _cpu is not None else why_not_built("cpu", _import_error)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class ReferenceBackend:
     name = "reference"
-    device_type: str | None = None
+    device_types: tuple[str, ...] = ()
 
     def unavailable(self) -> str | None:
         return None
@@ -46,7 +46,7 @@ class ReferenceBackend:
         """Differentiable as it stands; ``want_grad`` is asked for with ``inplace`` only."""
         check = student.device.type == "cpu" or os.environ.get("KDKERNELS_CHECK_LABELS") == "1"
         if labels is not None and check:
-            _check_labels(labels, student.shape[-1], options.ignore_index)
+            check_labels(labels, student.shape[-1], options.ignore_index)
         if not want_grad:
             terms = kd_terms(student, teacher, labels, weight=weight, **options._asdict())
             return Result(terms.loss, terms.soft, terms.hard, None)
@@ -67,7 +67,8 @@ class ReferenceBackend:
         return Result(loss, terms.soft, terms.hard, target, grad_scale)
 
 
-def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError naming the first label out of range. The host waits for the device."""
     labels = labels.long()  # in eight bits, classes and ignore_index would wrap around
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bad.any():

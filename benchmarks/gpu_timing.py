@@ -1,0 +1,406 @@
+"""The measurements of the GPU report: time, peak memory and host cost of every provider.
+
+The providers take turns on the same inputs, so that drift of the machine hits all alike; a figure
+is the median of its turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import gpu_checks, gpu_providers
+from benchmarks.gpu_providers import Inputs, Provider, Step
+from benchmarks.gpu_results import (
+    COMPILED,
+    COPY,
+    CROSS_ENTROPY,
+    FORWARD,
+    SMALL_BATCH,
+    TRAIN,
+    publish,
+    write_part,
+)
+
+# The most useful first: a report cut short has measured these. CIFAR-10, CIFAR-100 and ImageNet
+# batches; a short row; language models of growing vocabulary.
+SHAPES = [
+    (4096, 128256),
+    (8192, 32000),
+    (8192, 4096),
+    (2048, 262144),
+    (128, 100),
+    (1024, 1000),
+    (128, 10),
+]
+DTYPES = ["bfloat16", "float32"]
+COMPILE_SECONDS = 30.0
+WARM_UP_SECONDS = 5.0  # of any other provider
+MAX_SETS = 64  # of inputs, to get past the cache
+
+
+class Plan(NamedTuple):
+    """What is measured, on what; the dry run has a small one of its own."""
+
+    device: str
+    backends: list[str]
+    shapes: list[tuple[int, int]]
+    compiler: str
+    copy_bytes: int  # of the copy that measures the ceiling
+    turn_ms: float  # a turn lasts about so long, so that its ends count little
+    enough_seconds: float  # of turns for one shape and direction
+    folder: Path  # for the results
+
+
+class Deadline:
+    def __init__(self, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
+
+    def left(self) -> float:
+        return self._end - time.perf_counter()
+
+
+class WallClock:
+    """Times steps on the CPU."""
+
+    cache_bytes = 0
+
+    def ms(self, step: Callable[[int], Any], repeats: int) -> float:
+        begin = time.perf_counter()
+        for i in range(repeats):
+            step(i)
+        return 1e3 * (time.perf_counter() - begin) / repeats
+
+    def peak_bytes(self, step: Callable[[], Any]) -> int | None:
+        step()
+        return None
+
+    def finish(self) -> None:
+        """Nothing is under way on a CPU."""
+
+
+class DeviceClock:
+    """Times steps on the GPU, between events on its stream."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.cache_bytes = properties.L2_cache_size
+        # Writing it empties the cache of inputs, and keeps the device busy until the host is ahead:
+        # the time of the first launch is not the step's.
+        self._flush = torch.empty(
+            max(1 << 29, 4 * self.cache_bytes), device="cuda", dtype=torch.uint8
+        )
+
+    def ms(self, step: Callable[[int], Any], repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        for i in range(repeats):
+            step(i)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats
+
+    def peak_bytes(self, step: Callable[[], Any]) -> int | None:
+        """The most that was allocated during a step beyond what there was before it."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def finish(self) -> None:
+        torch.cuda.synchronize()
+
+
+def clock_for(device: str) -> WallClock | DeviceClock:
+    return WallClock() if device == "cpu" else DeviceClock()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in whatever runs longer: a compilation, above all."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reason(error: Exception) -> str:
+    """One line for a table, and no bars, which would end its cell."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    return lines[0].replace("|", "/")[:120]
+
+
+def number_of_sets(rows: int, classes: int, item_bytes: int, cache_bytes: int) -> int:
+    """Sets of student and teacher that together are four times the cache, up to a limit."""
+    return max(1, min(MAX_SETS, -(-4 * cache_bytes // (2 * rows * classes * item_bytes))))
+
+
+# --- one shape -----------------------------------------------------------------------------------
+
+
+def measure_direction(
+    candidates: list[Provider],
+    direction: str,
+    sets: list[Inputs],
+    clock: WallClock | DeviceClock,
+    plan: Plan,
+    seconds: Callable[[], float],
+) -> dict[str, dict[str, Any]]:
+    """Time and peak memory of every provider; what fails says why.
+
+    ``seconds``: asked after the warm-up for how long to take turns.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    turns: dict[str, tuple[Callable[[int], Any], int]] = {}
+    for name, train, forward in candidates:
+        step = train if direction == TRAIN else forward
+        if step is None:
+            continue
+        try:
+            with time_limit(COMPILE_SECONDS if name == COMPILED else WARM_UP_SECONDS):
+                found[name], turns[name] = _warm_up(name, step, sets, clock, plan.turn_ms)
+        except Exception as error:
+            found[name] = {"error": reason(error)}
+            clock.finish()  # raises if the device is beyond use
+        for inputs in sets:
+            inputs.drop_gradients()
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    deadline = Deadline(seconds())
+    while turns and (deadline.left() > 0 or len(times[next(iter(turns))]) < 3):
+        for name, (step_of, repeats) in turns.items():
+            times[name].append(clock.ms(step_of, repeats))
+    for name, values in times.items():
+        found[name] |= {
+            "ms": statistics.median(values),
+            "low_ms": min(values),
+            "high_ms": max(values),
+            "turns": len(values),
+        }
+    return found
+
+
+def _warm_up(
+    name: str, step: Step, sets: list[Inputs], clock: WallClock | DeviceClock, turn_ms: float
+) -> tuple[dict[str, Any], tuple[Callable[[int], Any], int]]:
+    """Compile, allocate, take the peak memory, and find how many steps make a turn."""
+
+    def on_the_next_set(i: int) -> None:
+        step(sets[i % len(sets)])
+
+    for i in range(max(2, len(sets))):
+        on_the_next_set(i)
+    clock.finish()
+    sets[0].drop_gradients()
+    extra = None if name == COPY else clock.peak_bytes(lambda: step(sets[0]))
+    alone = clock.ms(on_the_next_set, 3)
+    repeats = max(1, min(500, round(turn_ms / alone)))
+    return ({} if extra is None else {"extra_bytes": extra}), (on_the_next_set, repeats)
+
+
+def ceiling(plan: Plan, clock: WallClock | DeviceClock) -> dict[str, float]:
+    """What a large device copy moves per second, bytes read and bytes written."""
+    source = torch.ones(plan.copy_bytes // 2, device=plan.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    clock.ms(lambda _: target.copy_(source), 2)
+    ms = statistics.median(clock.ms(lambda _: target.copy_(source), 3) for _ in range(10))
+    return {"bytes": plan.copy_bytes, "bytes_per_second": 1e3 * plan.copy_bytes / ms}
+
+
+# --- the small batch -----------------------------------------------------------------------------
+
+
+def small_batches(work: Path, plan: Plan) -> None:
+    """In a process of its own: a capture that fails can leave the device's memory unusable."""
+    found = {}
+    for dtype in DTYPES:
+        found[dtype] = small_batch(dtype, plan)
+        write_part(work, "small_batch", found)
+
+
+def small_batch(dtype: str, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Host and device microseconds of a step that is too small to fill the device."""
+    costs: dict[str, dict[str, Any]] = {}
+    inputs = Inputs(*SMALL_BATCH, getattr(torch, dtype), plan.device)
+    clock = clock_for(plan.device)
+    candidates, _ = gpu_providers.available(plan.backends, plan.compiler)
+    for provider in candidates:
+        if provider.name == COPY:
+            continue
+        costs[provider.name] = {}
+        try:
+            with time_limit(COMPILE_SECONDS):
+                costs[provider.name]["host_us"] = host_us(provider.train, inputs, clock)
+                # Those of others wait for the device, which cannot be captured.
+                if plan.device != "cpu" and provider.name not in gpu_providers.OTHERS:
+                    costs[provider.name]["stream_us"] = stream_us(provider.train, inputs)
+        except Exception as error:
+            costs[provider.name]["error"] = reason(error)
+            clock.finish()
+        inputs.drop_gradients()
+    return costs
+
+
+def host_us(step: Step, inputs: Inputs, clock: WallClock | DeviceClock) -> float:
+    """The host's time to enqueue a step. Few enough in a row that the queue never fills."""
+    rounds = []
+    step(inputs)
+    for _ in range(15):
+        clock.finish()
+        begin = time.perf_counter()
+        for _ in range(40):
+            step(inputs)
+        rounds.append(1e6 * (time.perf_counter() - begin) / 40)
+    return statistics.median(rounds)
+
+
+def stream_us(step: Step, inputs: Inputs) -> float:
+    """The device's time for a step, the host's part aside: a graph of 20 steps, replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    inputs.drop_gradients()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            step(inputs)
+    graph.replay()
+    times = []
+    for _ in range(15):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / 200)
+    return statistics.median(times)
+
+
+# --- all -----------------------------------------------------------------------------------------
+
+
+def agreement(plan: Plan, rows: int = 64, classes: int = 1000) -> dict[str, dict[str, Any]]:
+    """How far each provider's float32 gradient is off: a baseline has to compute the same loss."""
+    candidates, missing = gpu_providers.available(plan.backends, plan.compiler)
+    answers: dict[str, dict[str, Any]] = {
+        name: {"error": text.replace("|", "/")} for name, text in missing.items()
+    }
+    for provider in candidates:
+        if provider.name in (COPY, CROSS_ENTROPY):
+            continue
+        inputs = Inputs(rows, classes, torch.float32, plan.device)
+        _, expected = gpu_checks.truth(inputs.student.detach(), inputs.teacher, inputs.labels)
+        try:
+            with time_limit(COMPILE_SECONDS):
+                grad = provider.train(inputs)
+            assert grad is not None
+            off = (grad.double() - expected).norm() / expected.norm()
+            answers[provider.name] = {"gradient_error": off.item()}
+        except Exception as error:
+            answers[provider.name] = {"error": reason(error)}
+    return answers
+
+
+def measure(work: Path, plan: Plan, seconds: float) -> None:
+    """Everything, the most useful first; results are published after every shape."""
+    deadline = Deadline(seconds)
+    clock = clock_for(plan.device)
+    found: dict[str, Any] = {
+        "backends": plan.backends,
+        "shapes": plan.shapes,
+        "ceiling": ceiling(plan, clock),
+        "agreement": agreement(plan),
+        "measurements": [],
+    }
+    cases = [(dtype, shape) for dtype in DTYPES for shape in plan.shapes]
+    for i, (dtype, shape) in enumerate(cases):
+        if deadline.left() < 1:
+            print(f"no time was left for {len(cases) - i} of {len(cases)} shapes")
+            break
+        share = deadline.left() / (len(cases) - i)
+        _measure_shape(found, plan, dtype, shape, clock, share)
+        write_part(work, "measurements", found)
+        publish(work, plan.folder)
+
+
+def _measure_shape(
+    found: dict[str, Any],
+    plan: Plan,
+    dtype: str,
+    shape: tuple[int, int],
+    clock: WallClock | DeviceClock,
+    seconds: float,
+) -> None:
+    kind = getattr(torch, dtype)
+    count = number_of_sets(*shape, kind.itemsize, clock.cache_bytes)
+    sets = [Inputs(*shape, kind, plan.device) for _ in range(count)]
+    candidates, _ = gpu_providers.available(plan.backends, plan.compiler)
+    end = Deadline(seconds)
+    # What is left of the first direction's time goes to the second.
+    for direction, share in ((TRAIN, 0.6), (FORWARD, 1.0)):
+        providers = measure_direction(
+            candidates,
+            direction,
+            sets,
+            clock,
+            plan,
+            lambda share=share: min(share * end.left(), plan.enough_seconds),
+        )
+        found["measurements"].append(
+            {
+                "dtype": dtype,
+                "rows": shape[0],
+                "classes": shape[1],
+                "direction": direction,
+                "input_sets": count,
+                "providers": providers,
+            }
+        )
+        _show(found["measurements"][-1])
+    del sets
+    if plan.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _show(measurement: dict[str, Any]) -> None:
+    shown = ", ".join(
+        f"{name} {result['ms']:.4f}" if "ms" in result else f"{name} {result['error']}"
+        for name, result in measurement["providers"].items()
+    )
+    m = measurement
+    print(f"({m['rows']}, {m['classes']}) {m['dtype']} {m['direction']}, ms: {shown}", flush=True)
+
+
+def warm_compiler(plan: Plan) -> None:
+    """Compile the eager loss for every shape, so that ``measure`` finds it in Inductor's cache."""
+    for dtype in DTYPES:
+        for shape in plan.shapes:
+            provider = gpu_providers.compiled(plan.compiler)
+            inputs = Inputs(*shape, getattr(torch, dtype), plan.device)
+            provider.train(inputs)
+            assert provider.forward is not None
+            provider.forward(inputs)
+            print(f"compiled for {shape} {dtype}", flush=True)
+            del inputs

@@ -1,0 +1,171 @@
+"""The CUDA C++ backend: hands pointers, strides and the current stream to ``csrc/cuda``."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.base import Result
+from kdkernels.backends.native import (
+    DTYPE_CODES,
+    REDUCTION_CODES,
+    address,
+    laid_out,
+    why_not_built,
+)
+from kdkernels.backends.reference import check_labels
+from kdkernels.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from kdkernels.checks import Options
+
+_cuda: Any
+try:
+    from kdkernels import _cuda  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _cuda = None
+    _import_error = str(error)
+
+
+class CUDABackend:
+    name = "cuda"
+    device_types: tuple[str, ...] = ("cuda",)
+
+    def unavailable(self) -> str | None:
+        if torch.version.hip is not None:
+            return "it is CUDA C++; on AMD GPUs the triton backend serves"
+        if _cuda is None:
+            return why_not_built("cuda", _import_error)
+        if not torch.cuda.is_available():
+            return "no CUDA GPU is visible to torch"
+        reason: str = _cuda.why_not(torch.cuda.current_device())
+        if reason:
+            major, minor = torch.cuda.get_device_capability()
+            return f"built for {_cuda.architectures}, and this GPU is sm_{major}{minor}: {reason}"
+        return None
+
+    def details(self) -> str:
+        return f"compiled CUDA C++ for {_cuda.architectures}, on {torch.cuda.get_device_name()}"
+
+    def why_not(
+        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    ) -> str | None:
+        if device_type != "cuda":
+            return f"it serves CUDA tensors, and these are on {device_type}"
+        reason = self.unavailable()
+        if reason:
+            return reason
+        for dtype in (student_dtype, teacher_dtype):
+            if dtype not in DTYPE_CODES:
+                return f"it has no kernel for {dtype}"
+        if torch.float64 in (student_dtype, teacher_dtype) and student_dtype != teacher_dtype:
+            return f"it has no kernel for {student_dtype} beside {teacher_dtype}"
+        return None
+
+    def run(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        options: Options,
+        want_terms: bool,
+        want_grad: bool,
+        inplace: bool,
+    ) -> Result:
+        temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored = options
+        classes = student.shape[-1]
+        source, student_rows = laid_out(student)
+        teacher, teacher_rows = laid_out(teacher)
+        if labels is not None:
+            if os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
+                check_labels(labels, classes, ignore_index)
+            if labels.dtype not in (torch.int64, torch.int32):
+                labels = labels.long()
+            labels = labels.resolve_neg().contiguous()
+        if weight is not None:
+            weight = weight.to(torch.float64).resolve_neg().contiguous()
+        grad, grad_rows = None, student_rows
+        if want_grad and inplace:
+            grad = source.detach()
+        elif want_grad:
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            grad_rows = (1, classes, 0)
+        shape = student.shape[:-1] if reduction == "none" else ()
+        loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
+        soft = torch.empty_like(loss) if want_terms else None
+        hard = torch.empty_like(loss) if want_terms else None
+        workspace = student.new_empty(_cuda.workspace_bytes, dtype=torch.uint8)
+        grad_scale = None
+        if grad is not None and student.dtype == torch.float16:
+            grad_scale = student.new_empty((), dtype=torch.float64)
+        device, stream = _device_and_stream(student)
+        _cuda.run(
+            address("student_logits", source),
+            address("teacher_logits", teacher),
+            0 if labels is None else address("labels", labels),
+            0 if weight is None else address("weight", weight),
+            0 if grad is None else grad.data_ptr(),
+            loss.data_ptr(),
+            0 if soft is None else soft.data_ptr(),
+            0 if hard is None else hard.data_ptr(),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            workspace.data_ptr(),
+            student_rows,
+            teacher_rows,
+            grad_rows,
+            student.numel() // classes,
+            classes,
+            DTYPE_CODES[student.dtype],
+            DTYPE_CODES[teacher.dtype],
+            labels is not None and labels.dtype == torch.int64,
+            temperature,
+            alpha,
+            ignore_index,
+            label_smoothing,
+            REDUCTION_CODES[reduction],
+            distill_ignored,
+            device,
+            stream,
+        )
+        if grad is not None and inplace and source is not student:
+            grad = student.detach().copy_(grad)
+        return Result(loss, soft, hard, grad, 1.0 if grad_scale is None else grad_scale)
+
+    def scale(self, grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
+        """``grad`` times ``incoming / grad_scale``, both of which only the device looks at."""
+        if incoming.dtype not in DTYPE_CODES:
+            incoming = incoming.to(torch.float64)
+        target, grad_rows = laid_out(grad)
+        classes = grad.shape[-1]
+        rows, stride = grad.numel() // classes, 0
+        if incoming.dim() > 0:
+            incoming = incoming.expand(grad.shape[:-1]).resolve_neg().reshape(-1)
+            stride = incoming.stride(0)
+        elif grad.is_contiguous():
+            rows, classes, grad_rows = 1, grad.numel(), (1, 0, 0)
+        device, stream = _device_and_stream(grad)
+        _cuda.scale(
+            target.data_ptr(),
+            DTYPE_CODES[grad.dtype],
+            grad_rows,
+            rows,
+            classes,
+            incoming.data_ptr(),
+            DTYPE_CODES[incoming.dtype],
+            stride,
+            grad_scale.data_ptr() if isinstance(grad_scale, Tensor) else 0,
+            device,
+            stream,
+        )
+        return grad if target is grad else grad.copy_(target)
+
+
+def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
+    """Asked for at every call: a graph that is captured has a stream of its own."""
+    device = tensor.get_device()
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return device, stream

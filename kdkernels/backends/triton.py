@@ -1,0 +1,460 @@
+"""The Triton backend: NVIDIA, AMD and Intel GPUs, without a compiler at installation.
+
+Launches ``triton_kernels.py``, which is imported when it is first needed: Triton is optional, and
+takes its time. Nothing here makes the host wait for the device, unless ``KDKERNELS_CHECK_LABELS=1``
+asks for a look at the labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import struct
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.base import Result
+from kdkernels.backends.native import address, laid_out
+from kdkernels.backends.reference import check_labels
+from kdkernels.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from kdkernels.checks import Options
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICE_TYPES = ("cuda", "xpu")  # AMD's are "cuda" to torch
+OLDEST = (3, 6)  # the first Triton that compiles the kernels
+
+# Labels and terms that one program adds up before several share the work.
+SHARE = 65536
+COUNTED = 1024  # at a time
+MAX_PARTS = 1024
+AGAIN_PROGRAMS = 1024  # that look for rows to be done again
+
+
+class Shape(NamedTuple):
+    """Compile-time sizes of a launch of the rows."""
+
+    rows: int  # of a program
+    block: int  # classes of a tile
+    resident: bool  # whole rows stay in registers; else they are swept block by block, twice
+    threads: int
+
+
+class Regime(NamedTuple):
+    """How rows of up to ``classes`` classes are computed."""
+
+    classes: float
+    elements: int  # of a tile: several rows of few classes, or a block of more
+    resident: bool
+    per_thread: int  # elements of a tile
+
+
+# As many elements per thread as spill no register where the gradient is made; what that comes to is
+# recorded by tests/test_triton.py.
+REGIMES = (
+    # A warp per tile: sums without a barrier. More rows would each bring their float64 scalars to
+    # every thread, where rows are not aligned and each thread has a piece of every row.
+    Regime(64, 64, True, 2),
+    Regime(256, 256, True, 4),
+    # One row per program, read once. Beyond 4,096 classes two rows of exponentials and the scalars
+    # are more than the register file gives to that many threads.
+    Regime(4096, 4096, True, 8),
+    # Blocks: small, so that several programs share a multiprocessor and one loads while another
+    # computes. The second sweep finds its row in the L2 cache.
+    Regime(math.inf, 2048, False, 8),
+)
+# In double, which takes twice the registers: float64 logits, and rows that are done again, which
+# come one at a time.
+DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 1024, False, 4))
+AGAIN = (Regime(64, 64, False, 1), Regime(math.inf, 1024, False, 4))
+
+
+def shape_of(classes: int, regimes: tuple[Regime, ...], warp: int) -> Shape:
+    """What a table says of rows of so many classes, with so many threads to a warp."""
+    regime = next(r for r in regimes if classes <= r.classes)
+    block = min(_power_of_two(classes), regime.elements)
+    several = regime.classes <= 64 and regimes is not AGAIN
+    rows = regime.elements // block if several else 1
+    threads = max(rows * block // regime.per_thread, warp)
+    return Shape(rows, block, regime.resident, threads)
+
+
+def _power_of_two(classes: int) -> int:
+    return max(16, 1 << (classes - 1).bit_length())
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from kdkernels.backends import triton_kernels
+
+    return triton_kernels
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU; to be set before Triton loads."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_device() -> str | None:
+    """An installed Triton is not enough: it needs a driver that finds a GPU."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton does not import ({error}); try `pip install 'kdkernels[triton]'`"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return (
+            f"Triton {triton.__version__} is too old, it takes {OLDEST[0]}.{OLDEST[1]}; "
+            "try `pip install 'kdkernels[triton]'` with a newer torch"
+        )
+    if _interpreted():
+        return None
+    try:
+        _target()
+    except RuntimeError as error:
+        return f"Triton {triton.__version__} is installed and finds no GPU: {error}"
+    return None
+
+
+def _target() -> Any:
+    """Backend, architecture and threads per warp of the current device."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()
+
+
+@functools.cache
+def _has_double(device_type: str, index: int | None) -> bool:
+    """False for some of Intel's GPUs: then all is float32, rows at risk included."""
+    if device_type != "xpu":
+        return True
+    return bool(torch.xpu.get_device_capability(index)["has_fp64"])
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The device made the current one, which is where Triton launches."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device)
+    if module.current_device() == device.index:
+        return contextlib.nullcontext()
+    return module.device(device)  # type: ignore[no-any-return]
+
+
+def _bits(value: float, has_double: bool) -> int:
+    """A number as the integer that Triton passes unchanged; floats it would round to float32."""
+    floating, integer = ("<d", "<q") if has_double else ("<f", "<i")
+    return int(struct.unpack(integer, struct.pack(floating, value))[0])
+
+
+def _single(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+class TritonBackend:
+    name = "triton"
+    device_types: tuple[str, ...] = DEVICE_TYPES
+
+    def unavailable(self) -> str | None:
+        return _why_no_device()
+
+    def details(self) -> str:
+        import triton
+
+        if _interpreted():
+            return f"Triton {triton.__version__}, interpreter on the CPU (TRITON_INTERPRET=1): slow"
+        target = _target()
+        return f"Triton {triton.__version__}, {target.backend} {target.arch}"
+
+    def why_not(
+        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    ) -> str | None:
+        if _interpreted():
+            if device_type != "cpu":
+                return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {device_type}"
+        elif device_type not in DEVICE_TYPES:
+            return f"it serves GPU tensors, and these are on {device_type}"
+        reason = _why_no_device()
+        if reason is not None:
+            return reason
+        for dtype in (student_dtype, teacher_dtype):
+            if dtype not in DTYPES:
+                return f"it has no kernel for {dtype}"
+            if dtype == torch.float64 and not _has_double(device_type, None):
+                return "the GPU has no float64"
+        return None
+
+    def run(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        options: Options,
+        want_terms: bool,
+        want_grad: bool,
+        inplace: bool,
+    ) -> Result:
+        if labels is not None and os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
+            check_labels(labels, student.shape[-1], options.ignore_index)
+        shape = student.shape[:-1] if options.reduction == "none" else ()
+        loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
+        soft = torch.empty_like(loss) if want_terms else None
+        hard = torch.empty_like(loss) if want_terms else None
+        source, student_rows = laid_out(student)
+        grad, grad_rows = None, student_rows
+        if want_grad and inplace:
+            grad = source.detach()
+        elif want_grad:
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            grad_rows = (1, student.shape[-1], 0)
+        if student.numel() == 0:
+            for out in (loss, soft, hard):
+                if out is not None:
+                    out.zero_()
+            return Result(loss, soft, hard, grad)
+        with _current(student.device):
+            launch = _Launch(student, teacher, labels, weight, options, want_terms)
+            scales = launch.scales(grad is not None)
+            launch.rows(source, student_rows, grad, grad_rows, inplace, scales, (loss, soft, hard))
+        if grad is not None and inplace and source is not student:
+            grad = student.detach().copy_(grad)
+        grad_scale: float | Tensor = 1.0
+        if student.dtype == torch.float16:
+            grad_scale = scales[-1:]
+        return Result(loss, soft, hard, grad, grad_scale)
+
+    def scale(self, grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
+        if grad.numel() == 0:
+            return grad
+        factors = incoming.detach().unsqueeze(-1)
+        source, (inner, outer, step) = laid_out(grad)
+        if source is not grad:  # neighbouring classes are not neighbours in memory
+            scaled = grad * (factors.to(torch.float64) / grad_scale).to(grad.dtype)
+            return grad.copy_(torch.where(grad == 0, grad, scaled))
+        factors, (factor_inner, factor_outer, factor_step) = laid_out(factors)
+        if incoming.dim() == 0:
+            factor_inner, factor_outer, factor_step = 1, 0, 0
+        classes = grad.shape[-1]
+        rows = grad.numel() // classes
+        block = min(max(16, 1 << (classes - 1).bit_length()), 4096)
+        tile = 4096 // block
+        columns = -(-classes // block)
+        programs = min(-(-rows // tile), max(1, 4096 // columns))
+        with _current(grad.device):
+            kernels = _kernels()
+            kernels.scale_kernel[(programs, columns)](
+                grad,
+                factors,
+                grad_scale if isinstance(grad_scale, Tensor) else None,
+                rows,
+                classes,
+                inner,
+                outer,
+                step,
+                factor_inner,
+                factor_outer,
+                factor_step,
+                WIDE=_wide(_has_double(grad.device.type, grad.device.index)),
+                R=tile,
+                BLOCK=block,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+        return grad
+
+
+def _wide(has_double: bool) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if has_double else tl.float32
+
+
+class _Launch:
+    """The launches of one call, with what they share."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        options: Options,
+        want_terms: bool,
+    ) -> None:
+        self.options, self.student, self.want_terms = options, student, want_terms
+        self.teacher, self.teacher_rows = laid_out(teacher)
+        self.classes = student.shape[-1]
+        self.count = student.numel() // self.classes
+        self.has_double = _has_double(student.device.type, student.device.index)
+        self.wide = torch.float64 if self.has_double else torch.float32
+        self.soft = options.alpha > 0 or want_terms
+        self.hard = labels is not None and (options.alpha < 1 or want_terms)
+        if labels is not None:
+            if labels.dtype not in (torch.int64, torch.int32):
+                labels = labels.long()
+            labels = labels.resolve_neg().contiguous()
+        self.labels = labels
+        self.weight = None
+        if weight is not None and self.hard:
+            self.weight = weight.detach().to(self.wide).resolve_neg().contiguous()
+        # Without a divergence the temperature plays no part, and e^s is the only exponential.
+        self.temperature = options.temperature if self.soft else 1.0
+
+    def new(self, *shape: int) -> Tensor:
+        return self.student.new_empty(shape, dtype=self.wide)
+
+    def parts(self) -> tuple[int, int]:
+        """How many programs share the rows' labels and terms, and the share of each."""
+        parts = min(MAX_PARTS, -(-self.count // SHARE))
+        return parts, -(-self.count // parts)
+
+    def scales(self, want_grad: bool) -> Tensor:
+        """The numbers that ``triton_kernels.py`` lists; the last scales the gradient."""
+        kernels, options, wide = _kernels(), self.options, _wide(self.has_double)
+        mean = options.reduction == "mean"
+        counts = None
+        parts, share = self.parts()
+        if mean and self.labels is not None and parts > 1:
+            counts = self.new(2, parts)
+            kernels.count_kernel[(parts,)](
+                self.labels,
+                self.weight,
+                counts,
+                self.count,
+                share,
+                self.classes,
+                options.ignore_index,
+                WIDE=wide,
+                BLOCK=COUNTED,
+            )
+        exponent = math.log2(math.e) / self.temperature
+        numbers = [self.temperature, options.alpha, options.label_smoothing]
+        numbers += [_single(exponent), _single(exponent - _single(exponent))]
+        scales = self.new(kernels.SCALES)
+        kernels.scales_kernel[(1,)](
+            self.labels,
+            self.weight,
+            counts,
+            scales,
+            self.count,
+            parts,
+            self.classes,
+            options.ignore_index,
+            *(_bits(number, self.has_double) for number in numbers),
+            MEAN=mean,
+            DISTILL_IGNORED=options.distill_ignored,
+            FLOAT16=want_grad and self.student.dtype == torch.float16,
+            WIDE=wide,
+            BLOCK=COUNTED,
+            enable_fp_fusion=False,
+        )
+        return scales
+
+    def rows(
+        self,
+        source: Tensor,
+        student_rows: tuple[int, int, int],
+        grad: Tensor | None,
+        grad_rows: tuple[int, int, int],
+        inplace: bool,
+        scales: Tensor,
+        results: tuple[Tensor, Tensor | None, Tensor | None],
+    ) -> None:
+        """The loss, its terms, and the gradient."""
+        import triton.language as tl
+
+        kernels, options = _kernels(), self.options
+        in_double = torch.float64 in (source.dtype, self.teacher.dtype)
+        warp = self.warp()
+        shape = shape_of(self.classes, DOUBLE if in_double else REGIMES, warp)
+        terms = None if options.reduction == "none" else self.new(2, self.count)
+        again = self.has_double and not in_double
+        flags = source.new_empty(self.count, dtype=torch.int8) if again else None
+        address("student_logits", source)
+        address("teacher_logits", self.teacher)
+        power = 0
+        if self.hard:
+            power = int(self.temperature) if self.temperature in (1, 2, 3, 4) else -1
+        asked = kernels.Asked(
+            distill_ignored=options.distill_ignored,
+            soft=self.soft,
+            soft_grad=options.alpha > 0,
+            power=power,
+            hard_grad=self.hard and options.alpha < 1,
+            smooth=self.hard and options.label_smoothing > 0,
+            weighted=self.weight is not None,
+            grad=grad is not None,
+            inplace=inplace,
+            two_levels=any(r[0] != 1 for r in (student_rows, self.teacher_rows, grad_rows)),
+        )
+        arguments = (
+            source,
+            self.teacher,
+            grad,
+            self.labels,
+            self.weight,
+            scales,
+            terms,
+            *results,
+            flags,
+            self.count,
+            self.classes,
+            options.ignore_index,
+            *student_rows,
+            *self.teacher_rows,
+            *grad_rows,
+            asked,
+        )
+        kernels.rows_kernel[(-(-self.count // shape.rows),)](
+            *arguments,
+            REAL=tl.float64 if in_double else tl.float32,
+            R=shape.rows,
+            BLOCK=shape.block,
+            RESIDENT=shape.resident,
+            num_warps=shape.threads // warp,
+            num_stages=1,
+            enable_fp_fusion=False,
+        )
+        if again:
+            shape = shape_of(self.classes, AGAIN, warp)
+            kernels.again_kernel[(min(self.count, AGAIN_PROGRAMS),)](
+                *arguments,
+                BLOCK=shape.block,
+                num_warps=shape.threads // warp,
+                num_stages=1,
+                enable_fp_fusion=False,
+            )
+        if terms is not None:
+            self.finish(terms, scales, results)
+
+    def finish(
+        self,
+        terms: Tensor,  # [2, rows]
+        scales: Tensor,
+        results: tuple[Tensor, Tensor | None, Tensor | None],
+    ) -> None:
+        """One loss for all rows."""
+        kernels, wide = _kernels(), _wide(self.has_double)
+        parts, share = self.parts()
+        if parts > 1:
+            sums = self.new(2, parts)
+            kernels.sum_kernel[(parts,)](terms, sums, self.count, share, WIDE=wide, BLOCK=COUNTED)
+            terms = sums
+        kernels.finish_kernel[(1,)](
+            terms,
+            scales,
+            *results,
+            terms.shape[1],
+            WIDE=wide,
+            BLOCK=COUNTED,
+            enable_fp_fusion=False,
+        )
+
+    def warp(self) -> int:
+        return 32 if _interpreted() else int(_target().warp_size)
