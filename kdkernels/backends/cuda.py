@@ -33,31 +33,36 @@ except ImportError as error:
 class CUDABackend:
     name = "cuda"
     device_types: tuple[str, ...] = ("cuda",)
+    module: Any = _cuda
 
     def unavailable(self) -> str | None:
         if torch.version.hip is not None:
             return "it is CUDA C++; on AMD GPUs the triton backend serves"
-        if _cuda is None:
+        if self.module is None:
             return why_not_built("cuda", _import_error)
         if not torch.cuda.is_available():
             return "no CUDA GPU is visible to torch"
-        reason: str = _cuda.why_not(torch.cuda.current_device())
+        reason: str = self.module.why_not(torch.cuda.current_device())
         if reason:
             major, minor = torch.cuda.get_device_capability()
-            return f"built for {_cuda.architectures}, and this GPU is sm_{major}{minor}: {reason}"
+            built = self.module.architectures
+            return f"built for {built}, and this GPU is sm_{major}{minor}: {reason}"
         return None
 
     def details(self) -> str:
-        return f"compiled CUDA C++ for {_cuda.architectures}, on {torch.cuda.get_device_name()}"
+        return (
+            f"compiled CUDA C++ for {self.module.architectures}, on {torch.cuda.get_device_name()}"
+        )
 
     def why_not(
         self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
         if device_type != "cuda":
             return f"it serves CUDA tensors, and these are on {device_type}"
-        reason = self.unavailable()
-        if reason:
-            return reason
+        return self.unavailable() or self.why_no_kernel(student_dtype, teacher_dtype)
+
+    def why_no_kernel(self, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> str | None:
+        """Why there is no kernel for these dtypes; None if there is."""
         for dtype in (student_dtype, teacher_dtype):
             if dtype not in DTYPE_CODES:
                 return f"it has no kernel for {dtype}"
@@ -98,12 +103,12 @@ class CUDABackend:
         loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
         soft = torch.empty_like(loss) if want_terms else None
         hard = torch.empty_like(loss) if want_terms else None
-        workspace = student.new_empty(_cuda.workspace_bytes, dtype=torch.uint8)
+        workspace = student.new_empty(self.module.workspace_bytes, dtype=torch.uint8)
         grad_scale = None
         if grad is not None and student.dtype == torch.float16:
             grad_scale = student.new_empty((), dtype=torch.float64)
-        device, stream = _device_and_stream(student)
-        _cuda.run(
+        device, stream = self.device_and_stream(student)
+        self.module.run(
             address("student_logits", source),
             address("teacher_logits", teacher),
             0 if labels is None else address("labels", labels),
@@ -135,6 +140,12 @@ class CUDABackend:
             grad = student.detach().copy_(grad)
         return Result(loss, soft, hard, grad, 1.0 if grad_scale is None else grad_scale)
 
+    def device_and_stream(self, tensor: Tensor) -> tuple[int, int]:
+        """Asked for at every call: a graph that is captured has a stream of its own."""
+        device = tensor.get_device()
+        stream: int = torch._C._cuda_getCurrentRawStream(device)
+        return device, stream
+
     def scale(self, grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
         """``grad`` times ``incoming / grad_scale``, both of which only the device looks at."""
         if incoming.dtype not in DTYPE_CODES:
@@ -147,8 +158,8 @@ class CUDABackend:
             stride = incoming.stride(0)
         elif grad.is_contiguous():
             rows, classes, grad_rows = 1, grad.numel(), (1, 0, 0)
-        device, stream = _device_and_stream(grad)
-        _cuda.scale(
+        device, stream = self.device_and_stream(grad)
+        self.module.scale(
             target.data_ptr(),
             DTYPE_CODES[grad.dtype],
             grad_rows,
@@ -162,10 +173,3 @@ class CUDABackend:
             stream,
         )
         return grad if target is grad else grad.copy_(target)
-
-
-def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    """Asked for at every call: a graph that is captured has a stream of its own."""
-    device = tensor.get_device()
-    stream: int = torch._C._cuda_getCurrentRawStream(device)
-    return device, stream

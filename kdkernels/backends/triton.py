@@ -72,7 +72,7 @@ REGIMES = (
 # In double, which takes twice the registers: float64 logits, and rows that are done again, which
 # come one at a time.
 DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 1024, False, 4))
-AGAIN = (Regime(64, 64, False, 1), Regime(math.inf, 1024, False, 4))
+AGAIN = (Regime(64, 64, False, 1), Regime(math.inf, 512, False, 2))
 
 
 def shape_of(classes: int, regimes: tuple[Regime, ...], warp: int) -> Shape:

@@ -22,7 +22,8 @@
 #define KD_KERNEL(threads) void
 #define KD_PARAMETER const
 
-// ---- fibres ----------------------------------------------------------------------------------------
+// ---- fibres
+// ----------------------------------------------------------------------------------------
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -121,7 +122,8 @@ inline void run_cluster(int first_block, size_t shared_bytes, char* stacks, size
   }
 }
 
-// ---- threads ---------------------------------------------------------------------------------------
+// ---- threads
+// ---------------------------------------------------------------------------------------
 
 inline int thread_index() { return shim.current->thread; }
 inline int block_threads() { return shim.block_threads; }
@@ -134,7 +136,7 @@ T shuffle_xor(unsigned mask, T value, int lanes) {
   if (!(mask >> lane & 1) || !(mask >> (lane ^ lanes) & 1))
     throw std::logic_error("shuffle with a lane that takes no part");
   ShimBlock::Group& group = shim.current->block->warps[shim.current->thread / 32][mask];
-  double(&deposits)[32] = group.deposits[group.barrier.generation % 2];
+  double (&deposits)[32] = group.deposits[group.barrier.generation % 2];
   memcpy(&deposits[lane], &value, sizeof value);
   group.barrier.expected = __builtin_popcount(mask);
   wait_at(group.barrier);
@@ -175,7 +177,8 @@ inline void store_to_peer(double* local, int rank, double value) {
 }
 inline char* dynamic_shared() { return shim.current->block->dynamic; }
 
-// ---- memory ----------------------------------------------------------------------------------------
+// ---- memory
+// ----------------------------------------------------------------------------------------
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -191,7 +194,8 @@ inline void copy_async(void* shared, const void* global) {
 inline void copy_async_wait() {}
 inline double read_fresh(const double* from) { return *from; }
 
-// ---- numbers ---------------------------------------------------------------------------------------
+// ---- numbers
+// ---------------------------------------------------------------------------------------
 
 inline float bits_to_float(unsigned bits) {
   float x;
@@ -242,7 +246,8 @@ void write_vector(E* to, const Real (&values)[kWidth]) {
   for (int k = 0; k < kWidth; ++k) round_to(to[k], values[k]);
 }
 
-// ---- the host's side -------------------------------------------------------------------------------
+// ---- the host's side
+// -------------------------------------------------------------------------------
 
 class OnDevice {
  public:

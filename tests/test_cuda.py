@@ -1,0 +1,379 @@
+"""The CUDA kernels without a GPU: what they compute, run on the CPU, and what they compile to."""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_cpu import CUDAOnCPU, build, load
+from oracle import oracle
+from test_numerics import GRAD_BOUND, check, inputs
+
+from kdkernels import _cpu, backends, kd_loss
+
+TESTS = Path(__file__).parent
+# What tests/native/cuda_on_cpu.h plays: with clusters and without, and both with so little shared
+# memory that a row of a few thousand classes is read again in chunks.
+H100, A100, SMALL_WITH_CLUSTERS, SMALL = range(4)
+DEVICES = [H100, A100, SMALL_WITH_CLUSTERS, SMALL]
+# Eight lanes of a warp (to 60 classes of 4 bytes), a warp (to 508), a block, and on the small ones
+# clusters of 2, 8 and 16 blocks or chunks.
+REGIMES = [10, 300, 1423, 2600, 9001, 20000]
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory):
+    path = build(tmp_path_factory.mktemp("cuda"))
+    if path is None:
+        pytest.skip("needs a C++ compiler")
+    return path
+
+
+@pytest.fixture
+def on(module_path, monkeypatch):
+    """Makes ``backend="cuda"`` play a GPU on the CPU."""
+    module = load(module_path)
+
+    def choose(device):
+        monkeypatch.setitem(backends.BACKENDS, "cuda", CUDAOnCPU(module, device))
+        backends.select.cache_clear()
+
+    yield choose
+    backends.select.cache_clear()
+
+
+def value_and_grad(s, t, y=None, incoming=None, **options):
+    x = s.detach().requires_grad_()
+    terms = kd_loss(x, t, y, return_terms=True, backend="cuda", **options)
+    incoming = torch.ones_like(terms.loss) if incoming is None else incoming
+    (grad,) = torch.autograd.grad(terms.loss, x, incoming)
+    return *(term.detach() for term in terms), grad
+
+
+def assert_same_bits(got, expected):
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def assert_close(grad, truth):
+    error = (grad.double() - truth).norm()
+    assert error <= GRAD_BOUND[grad.dtype] * truth.norm() + 1e-30
+
+
+# ---- what they compute --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [H100, SMALL_WITH_CLUSTERS])
+def test_all_that_is_asked_of_the_cpu_kernel_holds(module_path, device):
+    """Every size to 262,144, temperature, dtype and special value of these two files."""
+    files = [str(TESTS / name) for name in ("test_numerics.py", "test_special_values.py")]
+    environment = os.environ | {
+        "KD_CUDA_MODULE": str(module_path),
+        "KD_CUDA_DEVICE": str(device),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-p", "cuda_as_cpu", *files], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("classes", REGIMES)
+def test_every_regime_and_dtype(on, device, classes):
+    on(device)
+    for dtype, temperature in itertools.product(GRAD_BOUND, (2.0, 4.0)):
+        check(*inputs(3, classes, dtype=dtype), backend="cuda", temperature=temperature)
+
+
+@pytest.mark.parametrize("device", [H100, SMALL_WITH_CLUSTERS, SMALL])
+@pytest.mark.parametrize("classes", REGIMES)
+def test_rows_done_again_in_double(on, device, classes):
+    """For the loss at T = 20, for the gradient where the student all but equals its teacher."""
+    on(device)
+    s, t, y = inputs(2, classes)
+    check(s, t, y, backend="cuda", temperature=20.0)
+    near = s + 1e-5 * t
+    check(near, s, y, backend="cuda", alpha=1.0, temperature=1.0)
+    x = near.clone().requires_grad_()
+    logits = x * 1
+    kd_loss(logits, s, alpha=1.0, temperature=1.0, inplace=True, backend="cuda").backward()
+    assert_close(x.grad, oracle(near, s, alpha=1.0, temperature=1.0)[3])
+
+
+@pytest.mark.parametrize("device", [H100, SMALL_WITH_CLUSTERS, SMALL])
+@pytest.mark.parametrize("classes", REGIMES)
+def test_a_gradient_of_differences_keeps_its_digits(on, device, classes):
+    """Confident rows: p, q and r are all near 1 at one class, and q - p and r - 1 cancel."""
+    on(device)
+    for confidence, dtype in itertools.product((5.0, 25.0), (torch.float32, torch.bfloat16)):
+        s, t, y = inputs(3, classes, 1.0)
+        rows = torch.arange(3)
+        s[rows, y] += confidence + s.max()
+        t[rows, y] += confidence + t.max()
+        s, t = s.to(dtype), t.to(dtype)
+        y[2] = (y[2] + 1) % classes  # sure, and wrong
+        for temperature in (1.0, 2.5):
+            truth = oracle(s, t, y, temperature=temperature)[3]
+            grad = value_and_grad(s, t, y, temperature=temperature)[3]
+            # At the sure class the oracle itself cancels; a row's gradient adds up to zero.
+            sure = s.argmax(-1)
+            truth[rows, sure] = 0.0
+            truth[rows, sure] = -truth.sum(-1)
+            assert_close(grad, truth)
+
+
+@pytest.mark.parametrize("device", [H100, SMALL])
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixed_dtypes(on, device, student_dtype, teacher_dtype):
+    on(device)
+    for classes in (10, 300, 2601):
+        s, t, y = inputs(2, classes)
+        check(s.to(student_dtype), t.to(teacher_dtype), y, backend="cuda", temperature=2.0)
+
+
+@pytest.mark.parametrize("device", [H100, SMALL_WITH_CLUSTERS])
+@pytest.mark.parametrize("classes", [10, 301, 2601])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_at_any_alignment_and_stride(on, device, classes, inplace):
+    """Heads and tails of vectors; student, teacher and gradient each misaligned in its own way."""
+    on(device)
+    for dtype, (a, b) in itertools.product(
+        (torch.float32, torch.bfloat16), ((0, 0), (1, 1), (1, 0), (2, 3))
+    ):
+        s, t = torch.randn(2, 2, 3, classes + 5).to(dtype).unbind()
+        s, t = s[:, :-1, a : a + classes], t[:, 1:, b : b + classes]
+        y = torch.randint(classes, s.shape[:-1])
+        truth = oracle(s, t, y)[3]
+        base = s._base.clone()
+        x = base.requires_grad_()
+        logits = (x * 1)[0, :, :-1, a : a + classes]
+        kd_loss(logits, t, y, inplace=inplace, backend="cuda").backward()
+        assert_close(x.grad[0, :, :-1, a : a + classes], truth)
+        x.grad[0, :, :-1, a : a + classes] = 0
+        assert not x.grad.any()
+
+
+@pytest.mark.parametrize("device", [H100, SMALL_WITH_CLUSTERS, SMALL])
+@pytest.mark.parametrize("classes", REGIMES)
+def test_ignored_rows_are_zero_and_not_read(on, device, classes):
+    on(device)
+    s, t, y = inputs(4, classes)
+    s[1], t[2], y[1:3] = NAN, -INF, -100
+    check(s, t, y, backend="cuda")
+    grad = value_and_grad(s, t, y)[3]
+    assert not grad[1:3].any()
+    y[:] = -100
+    loss, _, _, grad = value_and_grad(s, t, y)
+    assert loss == 0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("classes", [10, 2601])
+def test_a_label_out_of_range_makes_its_row_nan_and_no_other(on, classes):
+    on(SMALL)
+    s, t, y = inputs(4, classes)
+    y[1], y[2] = classes, -7
+    loss, _, _, grad = value_and_grad(s, t, y, reduction="none")
+    bad = torch.tensor([False, True, True, False])
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
+    soft_only = value_and_grad(s, t, y, alpha=1.0)
+    assert soft_only[0].isfinite()
+    assert soft_only[3].isfinite().all()
+
+
+def test_labels_are_checked_if_asked(on, monkeypatch):
+    on(H100)
+    monkeypatch.setenv("KDKERNELS_CHECK_LABELS", "1")
+    s, t, y = inputs(4, 10)
+    y[2] = 10
+    with pytest.raises(IndexError, match=r"labels\[2\] is 10"):
+        kd_loss(s, t, y, backend="cuda")
+
+
+def test_more_rows_than_each_block_counts_for_itself(on):
+    on(H100)
+    s, t, y = inputs(20000, 3)
+    y[::4] = -100
+    check(s, t, y, backend="cuda")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_any_number_of_rows(on, reduction, rows):
+    on(H100)
+    check(*inputs(rows, 7), backend="cuda", reduction=reduction) if rows else None
+    s, t, y = inputs(rows, 7)
+    loss, _, _, grad = value_and_grad(s, t, y, reduction=reduction)
+    assert loss.shape == ((rows,) if reduction == "none" else ())
+    assert loss.isfinite().all()
+    assert grad.shape == s.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_inputs_give_the_same_bits(on, device):
+    """And a loss that is only looked at those of one that is trained with."""
+    on(device)
+    for classes in REGIMES[:4]:
+        s, t, y = inputs(5, classes)
+        first = value_and_grad(s, t, y)
+        assert_same_bits(value_and_grad(s, t, y), first)
+        assert torch.equal(kd_loss(s, t, y, backend="cuda"), first[0])
+
+
+@pytest.mark.parametrize("dtype", GRAD_BOUND)
+def test_what_flows_in_multiplies_the_gradient(on, dtype):
+    on(H100)
+    s, t, y = inputs(5, 43, dtype=dtype)
+    y[3] = -100
+    truth = oracle(s, t, y)[3]
+    for factor in (1.0, 1024.0, -0.375, 0.0):
+        grad = value_and_grad(s, t, y, torch.tensor(factor))[3].double()
+        subnormal = 2.0**-25 * math.sqrt(grad.numel()) if dtype == torch.float16 else 0
+        bound = 2 * GRAD_BOUND[dtype] * (truth * factor).norm() + subnormal
+        assert (grad - truth * factor).norm() <= bound
+    grad = value_and_grad(s, t, y, torch.tensor(INF))[3]
+    assert torch.equal(grad == 0, (torch.arange(5) == 3)[:, None].expand_as(grad))
+
+
+@pytest.mark.parametrize("classes", [10, 2601])
+def test_each_row_gets_its_own_factor(on, classes):
+    on(H100)
+    s, t, y = inputs(6, classes)
+    rows = oracle(s, t, y, reduction="none")[3]
+    factors = torch.arange(12.0).view(6, 2)[:, 1]  # not contiguous
+    for incoming in (factors, factors.to(torch.bfloat16), torch.tensor(3.0).expand(6)):
+        grad = value_and_grad(s, t, y, incoming, reduction="none")[3]
+        assert_close(grad, rows * incoming.double()[:, None])
+
+
+def test_a_graph_kept_hands_out_its_gradient_twice(on):
+    on(H100)
+    s, t, y = inputs(4, 100)
+    x = s.requires_grad_()
+    loss = kd_loss(x, t, y, backend="cuda")
+    (first,) = torch.autograd.grad(loss, x, torch.tensor(2.0), retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, 2 * second)
+
+
+# ---- the choice ---------------------------------------------------------------------------------
+
+
+def test_cuda_then_triton_then_the_reference_with_one_warning(monkeypatch):
+    class Other:
+        device_types = ("cuda",)
+
+        def __init__(self, name, reason):
+            self.name, self.reason = name, reason
+
+        def why_not(self, device_type, student_dtype, teacher_dtype):
+            return self.reason
+
+    def choose(cuda, triton):
+        monkeypatch.setitem(backends.BACKENDS, "cuda", Other("cuda", cuda))
+        monkeypatch.setitem(backends.BACKENDS, "triton", Other("triton", triton))
+        backends.select.cache_clear()
+        return backends.select(None, "cuda", torch.float32, torch.float32).name
+
+    assert choose(None, None) == "cuda"
+    assert choose("not built", None) == "triton"  # and no warning, which would be an error here
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert choose("not built", "no driver") == "reference"
+        backends.select(None, "cuda", torch.float32, torch.float32)
+    assert len(caught) == 1
+    assert re.search("not built.*no driver", str(caught[0].message))
+    backends.select.cache_clear()
+
+
+def test_info_says_why_there_is_no_cuda(capsys):
+    from kdkernels.__main__ import main
+
+    if backends.BACKENDS["cuda"].unavailable() is None:
+        pytest.skip("there is")
+    main(["info"])
+    assert re.search(r"cuda +no +\S+", capsys.readouterr().out)
+
+
+# ---- what they compile to -----------------------------------------------------------------------
+
+UNITS = ["rows_bf16.cu", "rows_f16.cu", "rows_f32.cu", "rows_f64.cu", "run.cu"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compiler's output and cubin of every unit for sm_80 and sm_90, with the flags of setup.py."""
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if not nvcc:
+        pytest.skip("needs nvcc")
+    text = (TESTS.parent / "setup.py").read_text(encoding="utf-8")
+    flags = re.search(r'NVCCFLAGS = "(.*)"', text)[1].split()
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_unit(job):
+        unit, architecture = job
+        cubin = folder / f"{unit}.{architecture}.cubin"
+        command = [nvcc, *flags, "-Xptxas=-v", "-cubin", f"-arch=sm_{architecture}"]
+        source = TESTS.parent / "csrc" / "cuda" / unit
+        done = subprocess.run(
+            [*command, source, "-o", cubin], check=True, capture_output=True, text=True
+        )
+        return cubin, done.stderr
+
+    jobs = list(itertools.product(UNITS, (80, 90)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(compile_unit, jobs), strict=True))
+
+
+def test_no_kernel_spills_a_register_or_has_a_stack(compiled, record_property):
+    kernels = 0
+    for (unit, architecture), (_, output) in compiled.items():
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", output)
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
+        assert frames, output
+        assert all(frame == ("0", "0", "0") for frame in frames), (unit, architecture, frames)
+        record_property(f"{unit} sm_{architecture} registers", json.dumps(sorted(registers)))
+        print(f"{unit} sm_{architecture}: {len(registers)} kernels, {max(registers)} registers")
+        kernels += len(frames)
+    assert kernels > 60
+
+
+def test_rows_are_moved_16_bytes_at_a_time(compiled):
+    """Into shared memory, out of it, and the gradient to global memory, in every kernel."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for (unit, _), (cubin, _) in compiled.items():
+        if not unit.startswith("rows"):
+            continue
+        sass = subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True)
+        for kernel in sass.stdout.split("Function :")[1:]:
+            for access in (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"):
+                name = kernel.split()[0]
+                if "rows_f64" in unit and access.startswith("LDS"):
+                    continue  # in double a class at a time: registers are worth more
+                assert re.search(access, kernel), (unit, name, access)
+            assert not re.search(r"\b(LDL|STL)\b", kernel), (unit, name)
+
+
+def test_the_cuda_build_names_no_library_of_torch():
+    """Nothing to do for a GPU here: what the CPU's module promises holds for this one, if built."""
+    path = Path(_cpu.__file__).with_name(Path(_cpu.__file__).name.replace("_cpu", "_cuda"))
+    if not path.exists():
+        pytest.skip("not built")
+    binary = path.read_bytes()
+    for library in (b"libtorch", b"libc10", b"libcudart.so"):
+        assert library not in binary
