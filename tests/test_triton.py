@@ -712,8 +712,8 @@ def test_under_the_interpreter():
 # Everything is launched as on a GPU, by the backend's own code, up to where the device would start:
 # a driver that only names a target makes Triton compile, and CPU tensors give addresses and
 # strides. Prints what became of each kernel.
-COMPILE_SCRIPT = """
-import json, re, subprocess, sys, tempfile, types
+COMPILE_SCRIPT = r"""
+import contextlib, io, json, re, subprocess, sys, tempfile, types
 from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -737,14 +737,20 @@ class Driver:
         return 0
 
 driver.set_active(Driver())
+triton.knobs.nvidia.dump_ptxas_log = True
 compiled = []
+spilled = {}  # by kernel; a stack need not be a spill, so ptxas is asked
 
 class Compiling:
     def __init__(self, kernel):
         self.kernel = kernel
     def __getitem__(self, grid):
         def launch(*arguments, **options):
-            kernel = self.kernel.warmup(*arguments, grid=grid, **options)
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                kernel = self.kernel.warmup(*arguments, grid=grid, **options)
+            for stored in re.findall(r"(\d+) bytes spill stores", said.getvalue()):
+                spilled[kernel.hash] = int(stored)
             compiled.append((self.kernel.__name__, kernel))
         return launch
 
@@ -759,7 +765,7 @@ def resources(kernel):
     if TARGET.backend == "hip":
         for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count",
                      "private_segment_fixed_size"):
-            found[name] = int(re.search(rf"\\\\.{name}:\\\\s+(\\\\d+)", kernel.asm["amdgcn"])[1])
+            found[name] = int(re.search(rf"\.{name}:\s+(\d+)", kernel.asm["amdgcn"])[1])
         wide = r"(?:global|buffer)_load_dwordx4"
         found["wide_loads"] = len(re.findall(wide, kernel.asm["amdgcn"]))
         return found
@@ -768,11 +774,11 @@ def resources(kernel):
         path.write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
-    pattern = r"REG:(\\\\d+) STACK:(\\\\d+) .*LOCAL:(\\\\d+)"
+    pattern = r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)"
     registers, stack, local = re.search(pattern, usage).groups()
-    found |= {"registers": int(registers), "stack": int(stack), "local": int(local)}
+    found |= {"registers": int(registers), "stack": int(stack), "spilled": spilled[kernel.hash]}
     found["wide_loads"] = len(re.findall(
-        r"ld\\\\.global[a-z:_0-9.]*\\\\.(?:v4\\\\.b32|v2\\\\.b64)", kernel.asm["ptx"]))
+        r"ld\.global[a-z:_0-9.]*\.(?:v4\.b32|v2\.b64)", kernel.asm["ptx"]))
     return found
 
 PLAIN = Options(4.0, 0.9, -100, 0.0, "mean", False)
@@ -812,8 +818,7 @@ def compile_for(tmp_path_factory):
     def compile_once(target):
         if target not in results:
             cache = str(tmp_path_factory.mktemp("triton"))
-            script = COMPILE_SCRIPT.replace("\\\\", "\\")
-            output = run_python(script, target, TRITON_INTERPRET="", TRITON_CACHE_DIR=cache)
+            output = run_python(COMPILE_SCRIPT, target, TRITON_INTERPRET="", TRITON_CACHE_DIR=cache)
             results[target] = json.loads(output.splitlines()[-1])
         return results[target]
 
@@ -833,12 +838,8 @@ def test_no_kernel_spills_a_register(compile_for, target, record_property):
         if target == "gfx942":
             # Scalar registers are kept in lanes of vector registers: no memory is touched.
             assert found["vgpr_spill_count"] == found["private_segment_fixed_size"] == 0, found
-        elif found["case"] == "full":
-            # Unaligned, weighted, smoothed, in place and at a fractional temperature, all at once:
-            # ptxas prefers a few bytes of stack to more than 128 registers.
-            assert found["stack"] <= 64, found
         else:
-            assert found["stack"] == found["local"] == 0, found
+            assert found["spilled"] == 0, found
 
 
 @compiled

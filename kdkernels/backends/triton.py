@@ -72,7 +72,7 @@ REGIMES = (
 # In double, which takes twice the registers: float64 logits, and rows that are done again, which
 # come one at a time.
 DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 1024, False, 4))
-AGAIN = (Regime(64, 64, False, 1), Regime(math.inf, 512, False, 2))
+AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 512, False, 4))
 
 
 def shape_of(classes: int, regimes: tuple[Regime, ...], warp: int) -> Shape:
@@ -242,8 +242,8 @@ class TritonBackend:
             factor_inner, factor_outer, factor_step = 1, 0, 0
         classes = grad.shape[-1]
         rows = grad.numel() // classes
-        block = min(max(16, 1 << (classes - 1).bit_length()), 4096)
-        tile = 4096 // block
+        block = min(max(16, 1 << (classes - 1).bit_length()), 2048)
+        tile = 2048 // block
         columns = -(-classes // block)
         programs = min(-(-rows // tile), max(1, 4096 // columns))
         with _current(grad.device):
