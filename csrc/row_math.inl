@@ -169,8 +169,7 @@ KD_INLINE bool gradient_is_exact(const KdLoss& p, const Sums<Real>& sums, const 
   return !(error * epsilon * epsilon > squares * bound * bound);
 }
 
-// ---- the batch
-// -----------------------------------------------------------------------------------
+// ---- the batch ----------------------------------------------------------------------------------
 
 // float16 has five bits of exponent: a gradient of 1/(N*C) would be lost in its subnormals before
 // a gradient scaler could lift it. The largest possible entry is brought to about 2^14 instead.

@@ -19,8 +19,7 @@
 typedef __nv_bfloat16 BFloat16;
 typedef __half Float16;
 
-// ---- threads
-// -------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 KD_DEVICE int thread_index() { return threadIdx.x; }
 KD_DEVICE int block_threads() { return blockDim.x; }
@@ -39,8 +38,7 @@ KD_DEVICE unsigned count_arrival(unsigned* counter) {
   return before;
 }
 
-// ---- thread-block clusters (sm_90)
-// -----------------------------------------------------------------
+// ---- thread-block clusters (sm_90) --------------------------------------------------------------
 
 KD_DEVICE int cluster_rank() {
   int rank = 0;
@@ -71,8 +69,7 @@ KD_DEVICE void store_to_peer(double* local, int rank, double value) {
 #endif
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 // The block's own object of this type.
 template <typename T>
@@ -92,8 +89,7 @@ KD_DEVICE void copy_async(void* shared, const void* global) {
 // The copies of this thread have arrived, and it may read them.
 KD_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
 
 // 2^x to 2 units of the last place; below the normal numbers 0.
 KD_DEVICE float exp2_approximately(float x) {
@@ -146,8 +142,7 @@ KD_DEVICE void write_vector(E* to, const Real (&values)[kWidth]) {
 // What another block has written in this launch.
 KD_DEVICE double read_fresh(const double* from) { return __ldcg(from); }
 
-// ---- the host's side
-// -------------------------------------------------------------------------------
+// ---- the host's side ----------------------------------------------------------------------------
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

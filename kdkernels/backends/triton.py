@@ -67,7 +67,7 @@ REGIMES = (
     Regime(4096, 4096, True, 8),
     # Blocks: small, so that several programs share a multiprocessor and one loads while another
     # computes. The second sweep finds its row in the L2 cache.
-    Regime(math.inf, 2048, False, 8),
+    Regime(math.inf, 1024, False, 8),
 )
 # In double, which takes twice the registers: float64 logits, and rows that are done again, which
 # come one at a time.

@@ -22,8 +22,7 @@
 #define KD_KERNEL(threads) void
 #define KD_PARAMETER const
 
-// ---- fibres
-// ----------------------------------------------------------------------------------------
+// ---- fibres -------------------------------------------------------------------------------------
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -122,8 +121,7 @@ inline void run_cluster(int first_block, size_t shared_bytes, char* stacks, size
   }
 }
 
-// ---- threads
-// ---------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 inline int thread_index() { return shim.current->thread; }
 inline int block_threads() { return shim.block_threads; }
@@ -177,8 +175,7 @@ inline void store_to_peer(double* local, int rank, double value) {
 }
 inline char* dynamic_shared() { return shim.current->block->dynamic; }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -194,8 +191,7 @@ inline void copy_async(void* shared, const void* global) {
 inline void copy_async_wait() {}
 inline double read_fresh(const double* from) { return *from; }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
 
 inline float bits_to_float(unsigned bits) {
   float x;
@@ -246,8 +242,7 @@ void write_vector(E* to, const Real (&values)[kWidth]) {
   for (int k = 0; k < kWidth; ++k) round_to(to[k], values[k]);
 }
 
-// ---- the host's side
-// -------------------------------------------------------------------------------
+// ---- the host's side ----------------------------------------------------------------------------
 
 class OnDevice {
  public:
