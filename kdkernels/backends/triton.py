@@ -35,6 +35,7 @@ SHARE = 65536
 COUNTED = 1024  # at a time
 MAX_PARTS = 1024
 AGAIN_PROGRAMS = 1024  # that look for rows to be done again
+REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
 class Shape(NamedTuple):
@@ -126,6 +127,26 @@ def _target() -> Any:
     from triton.runtime import driver
 
     return driver.active.get_current_target()
+
+
+@functools.cache
+def _warp(device: int) -> int:
+    """Threads of a warp of this device, which is the current one."""
+    return 32 if _interpreted() else int(_target().warp_size)
+
+
+@functools.cache
+def _launched(threads: int, device: int) -> dict[str, Any]:
+    """How programs of so many threads run on this device, which is the current one.
+
+    Without contraction: a*x - b*y has to be 0 where both products are the same. On NVIDIA with the
+    registers that there are: left to itself ptxas aims at a number of its own, and now and then
+    spills a scalar to keep it.
+    """
+    options = {"num_warps": threads // _warp(device), "num_stages": 1, "enable_fp_fusion": False}
+    if not _interpreted() and _target().backend == "cuda":
+        options["maxnreg"] = min(200, REGISTERS // threads)
+    return options
 
 
 @functools.cache
@@ -371,7 +392,8 @@ class _Launch:
 
         kernels, options = _kernels(), self.options
         in_double = torch.float64 in (source.dtype, self.teacher.dtype)
-        warp = self.warp()
+        device = self.student.get_device()
+        warp = _warp(device)
         shape = shape_of(self.classes, DOUBLE if in_double else REGIMES, warp)
         terms = None if options.reduction == "none" else self.new(2, self.count)
         again = self.has_double and not in_double
@@ -417,18 +439,14 @@ class _Launch:
             R=shape.rows,
             BLOCK=shape.block,
             RESIDENT=shape.resident,
-            num_warps=shape.threads // warp,
-            num_stages=1,
-            enable_fp_fusion=False,
+            **_launched(shape.threads, device),
         )
         if again:
             shape = shape_of(self.classes, AGAIN, warp)
             kernels.again_kernel[(min(self.count, AGAIN_PROGRAMS),)](
                 *arguments,
                 BLOCK=shape.block,
-                num_warps=shape.threads // warp,
-                num_stages=1,
-                enable_fp_fusion=False,
+                **_launched(shape.threads, device),
             )
         if terms is not None:
             self.finish(terms, scales, results)
@@ -455,6 +473,3 @@ class _Launch:
             BLOCK=COUNTED,
             enable_fp_fusion=False,
         )
-
-    def warp(self) -> int:
-        return 32 if _interpreted() else int(_target().warp_size)
