@@ -171,8 +171,8 @@ def kd_loss(
         inplace: write the gradient over ``student_logits`` and save its memory; the logits are
             lost, and autograd told so. Default False.
         return_terms: return ``KDTerms(loss, soft, hard)``, the terms detached. Default False.
-        backend: None (the best that can run), ``"cpu"`` or ``"reference"``;
-            ``python -m kdkernels info`` lists what is available.
+        backend: None (the best that can run), ``"cpu"``, ``"cuda"``, ``"triton"`` or
+            ``"reference"``; ``python -m kdkernels info`` lists what is available.
 
     Returns:
         The loss, a scalar or (...) with ``reduction="none"``: float32, or float64 for float64

@@ -29,7 +29,7 @@ class FusedKDLoss(nn.Module):
         distill_ignored: distil ignored rows too (unlabelled images). Default False.
         inplace: write the gradient over the student logits. Default False.
         return_terms: return ``KDTerms(loss, soft, hard)``. Default False.
-        backend: ``None`` (the best that can run), ``"cpu"`` or ``"reference"``.
+        backend: ``None`` (the best that can run), or the name of one.
 
     Shape:
         student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
