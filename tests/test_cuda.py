@@ -270,6 +270,22 @@ def test_a_graph_kept_hands_out_its_gradient_twice(on):
     assert torch.equal(first, 2 * second)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_incoming_gradient_with_a_lazy_minus_sign(on, reduction):
+    """As complex arithmetic above the loss makes it: what a pointer shows has the other sign."""
+    on(H100)
+    x, t, y = inputs(3, 10)
+    incoming = torch.ones(3 if reduction == "none" else (), dtype=torch.complex64)
+    incoming = torch.view_as_complex(torch.stack([incoming.real, incoming.real], -1)).conj().imag
+    assert incoming.is_neg()
+    grads = []
+    for gradient in (incoming, incoming.resolve_neg()):
+        logits = x.clone().requires_grad_()
+        kd_loss(logits, t, y, reduction=reduction, backend="cuda").backward(gradient)
+        grads.append(logits.grad)
+    assert torch.equal(*grads)
+
+
 # ---- the choice ---------------------------------------------------------------------------------
 
 

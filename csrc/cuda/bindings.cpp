@@ -73,7 +73,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of kdkernels; use kdkernels.kd_loss.";
   m.attr("workspace_bytes") = kWorkspaceBytes;
   m.attr("architectures") = KD_ARCHITECTURES;
-  m.def("run", &run);
-  m.def("scale", &scale);
+  m.def("run", &run, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("scale", &scale, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("why_not", [](int device) { return std::string(kd_cuda_why_not(device)); });
 }

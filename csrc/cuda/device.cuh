@@ -214,9 +214,12 @@ cudaLaunchConfig_t configured(const Launch& launch, cudaLaunchAttribute* attribu
 
 // How many blocks of this launch the current device can hold at a time; 0 if none.
 template <typename Parameter>
-int resident_blocks(void (*kernel)(Parameter), const Launch& launch, int multiprocessors) {
+int resident_blocks(void (*kernel)(Parameter), const Launch& launch, const DeviceLimits& limits) {
+  // All there is: the limit is the kernel's, and kept plans of other row lengths rely on it, too.
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(launch.shared_bytes)),
+                             limits.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)),
         "shared memory");
   if (launch.cluster > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
@@ -226,7 +229,7 @@ int resident_blocks(void (*kernel)(Parameter), const Launch& launch, int multipr
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, launch.threads,
                                                         launch.shared_bytes),
           "occupancy");
-    return blocks * multiprocessors;
+    return blocks * limits.multiprocessors;
   }
   cudaLaunchAttribute attribute;
   Launch one = launch;
@@ -248,37 +251,37 @@ void launch(void (*kernel)(Parameter), const Launch& launch, void* stream,
   check(cudaLaunchKernelEx(&config, kernel, parameter), "launch");
 }
 
-// A counter that is zero when a kernel starts, and that the kernel leaves at zero. Launches that
-// may run at the same time have different ones: 4096 take turns, more than streams can hold back.
-// A graph may be replayed at any time: there, the counter is memory of the call, cleared by a node.
+// Zero when the module is loaded, on each device.
+static __device__ unsigned zero_counters[4096];
+
+// A counter that is zero when a kernel starts, and that the kernel leaves at zero. Each stream has
+// one, as its launches follow one another. A graph may be replayed on any stream: there, and for
+// streams beyond the 4096th, the counter is memory of the call, cleared on the stream.
 inline unsigned* zero_counter(int device, void* stream, unsigned* memory_of_the_call) {
-  cudaStreamCaptureStatus capturing;
+  constexpr size_t kCounters = sizeof(zero_counters) / sizeof(unsigned);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus capturing;
   check(cudaStreamIsCapturing(s, &capturing), "cudaStreamIsCapturing");
-  if (capturing != cudaStreamCaptureStatusNone) {
-    check(cudaMemsetAsync(memory_of_the_call, 0, sizeof(unsigned), s), "cudaMemsetAsync");
-    return memory_of_the_call;
+  if (capturing == cudaStreamCaptureStatusNone) {
+    unsigned long long id = 0;
+    check(cudaStreamGetId(s, &id), "cudaStreamGetId");
+    static std::mutex mutex;
+    static std::map<std::pair<int, unsigned long long>, size_t> known;
+    size_t index = kCounters;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      const auto found = known.find({device, id});
+      if (found != known.end())
+        index = found->second;
+      else if (known.size() < kCounters)
+        index = known.emplace(std::make_pair(device, id), known.size()).first->second;
+    }
+    if (index < kCounters) {
+      void* counters = nullptr;
+      check(cudaGetSymbolAddress(&counters, zero_counters), "the counters of the reductions");
+      return static_cast<unsigned*>(counters) + index;
+    }
   }
-  constexpr unsigned kCounters = 4096;
-  struct Ring {
-    unsigned* counters;
-    unsigned next;
-  };
-  static std::mutex mutex;
-  static std::map<int, Ring> rings;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = rings.find(device);
-  if (found == rings.end()) {
-    // Once per process and device. Another thread's capture is not to be ended by the allocation.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    unsigned* counters = nullptr;
-    cudaError_t error = cudaMalloc(&counters, kCounters * sizeof(unsigned));
-    if (error == cudaSuccess) error = cudaMemset(counters, 0, kCounters * sizeof(unsigned));
-    if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamLegacy);
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    check(error, "the counters of the reductions");
-    found = rings.emplace(device, Ring{counters, 0}).first;
-  }
-  return found->second.counters + found->second.next++ % kCounters;
+  check(cudaMemsetAsync(memory_of_the_call, 0, sizeof(unsigned), s), "cudaMemsetAsync");
+  return memory_of_the_call;
 }

@@ -13,8 +13,8 @@ namespace {
 // Up to here every block counts the labels for itself: 128 kB out of the L2 cache, while its first
 // row is on the way. Beyond, one launch more counts them for all.
 constexpr int64_t kRowsCountedByEachBlock = 16384;
-// What a block holds of a row: three blocks fit a multiprocessor of 228 KiB, and while one waits
-// for its row the others compute.
+// What a block holds of a row: of 512 threads two fit the registers of a multiprocessor, and their
+// rows its shared memory, so that one waits for its row while the other computes.
 constexpr int kSliceBytes = 64 * 1024;
 // Shared memory of a block besides the row: teams.cuh's, and 1 KiB that the driver keeps.
 constexpr int kOtherShared = 6 * 1024;
@@ -91,8 +91,7 @@ Plan plan_for(const KdCudaProblem& p, const KdRowsKernels& kernels, const Device
       const int64_t limit = cluster < kMaxCluster ? slice_limit : most / bytes;
       if (slice > limit && cluster < kMaxCluster) continue;
       const Plan plan = block_plan(kBlockCluster, cluster, slice, std::min(slice, limit), bytes);
-      if (resident_blocks(kernels.by_team[kBlockCluster], plan.launch, limits.multiprocessors) > 0)
-        return plan;
+      if (resident_blocks(kernels.by_team[kBlockCluster], plan.launch, limits) > 0) return plan;
     }
   if (vectors * bytes <= most) return block_plan(kOneBlock, 1, vectors, vectors, bytes);
   return block_plan(kOneBlock, 1, vectors, slice_limit, bytes);
@@ -108,8 +107,7 @@ Plan known_plan(const KdCudaProblem& p, const KdRowsKernels& kernels, int device
   if (found != plans.end()) return found->second;
   const DeviceLimits limits = device_limits(device);
   Plan plan = plan_for(p, kernels, limits);
-  plan.launch.blocks =
-      resident_blocks(kernels.by_team[plan.team], plan.launch, limits.multiprocessors);
+  plan.launch.blocks = resident_blocks(kernels.by_team[plan.team], plan.launch, limits);
   if (plan.launch.blocks == 0)
     throw std::runtime_error("CUDA: no block of the kernel fits this GPU");
   if (plans.size() >= 4096) plans.clear();
@@ -187,8 +185,9 @@ void kd_cuda_scale(const KdScaling& s, int device, void* stream) {
 const char* kd_cuda_why_not(int device) {
   try {
     const OnDevice current(device);
-    return resident_blocks(scale_kernel<float>, {1, kScaleThreads, 1, 0}, 1) > 0 ? ""
-                                                                                 : "no kernel fits";
+    return resident_blocks(scale_kernel<float>, {1, kScaleThreads, 1, 0}, device_limits(device)) > 0
+               ? ""
+               : "no kernel fits";
   } catch (const std::runtime_error& error) {
     static thread_local std::string reason;
     reason = error.what();

@@ -150,11 +150,12 @@ class CUDABackend:
         """``grad`` times ``incoming / grad_scale``, both of which only the device looks at."""
         if incoming.dtype not in DTYPE_CODES:
             incoming = incoming.to(torch.float64)
+        incoming = incoming.resolve_neg()
         target, grad_rows = laid_out(grad)
         classes = grad.shape[-1]
         rows, stride = grad.numel() // classes, 0
         if incoming.dim() > 0:
-            incoming = incoming.expand(grad.shape[:-1]).resolve_neg().reshape(-1)
+            incoming = incoming.expand(grad.shape[:-1]).reshape(-1)
             stride = incoming.stride(0)
         elif grad.is_contiguous():
             rows, classes, grad_rows = 1, grad.numel(), (1, 0, 0)

@@ -266,8 +266,8 @@ struct Launch {
   size_t shared_bytes;
 };
 template <typename Parameter>
-int resident_blocks(void (*)(Parameter), const Launch& launch, int multiprocessors) {
-  return multiprocessors / 2 * 2 * launch.cluster;
+int resident_blocks(void (*)(Parameter), const Launch& launch, const DeviceLimits& limits) {
+  return limits.multiprocessors / 2 * 2 * launch.cluster;
 }
 template <typename Parameter>
 void launch(void (*kernel)(Parameter), const Launch& launch, void*, const Parameter& parameter) {
