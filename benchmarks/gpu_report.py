@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_results import Results, copy_out, publish, read_part, slug, write_part
+from benchmarks.gpu_results import Results, copy_out, publish, read_part, stem, write_part
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 465.0
@@ -36,23 +36,24 @@ class Step(NamedTuple):
     decides: bool = True  # whether its failure is a failure of the report
 
 
-# Those after the measurements are quick, or can do without a part of what they would do.
+# What is wrong need not be fast: checks come first, but for the sanitizers, which take their time.
 STEPS = [
     Step("build", 70, at_least=200),
     Step("info", 12, at_least=60),
-    Step("correctness", 75),
-    Step("measure", 155, decides=False),
-    Step("small-batch", 14, decides=False),
+    Step("correctness", 70),
+    Step("large", 18),
+    Step("streams", 16),
+    Step("measure", 150, decides=False),
+    Step("small-batch", 16, decides=False),
     Step("memcheck", 30),
     Step("racecheck", 30),
     Step("initcheck", 25),
-    Step("large", 18),
-    Step("streams", 14),
-    Step("tests", 20, at_least=45),
-    Step("profile", 18, decides=False),
+    Step("profile", 25, decides=False),
     Step("plot", 4, decides=False),
 ]
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+GPU_BACKENDS = ["cuda", "triton"]
+CPU_BACKENDS = ["cpu", "reference"]  # in their place in the dry run
 
 
 def allowance(step: Step, later: list[Step], seconds_left: float) -> tuple[float, float]:
@@ -69,9 +70,7 @@ def allowance(step: Step, later: list[Step], seconds_left: float) -> tuple[float
 # --- running a step -------------------------------------------------------------------------------
 
 
-def run_logged(
-    command: list[str], limit: float, log: Path, environment: dict[str, str] | None = None
-) -> int:
+def run_logged(command: list[str], limit: float, log: Path, environment: dict[str, str]) -> int:
     """Run a command for ``limit`` seconds at most, its output shown and kept; its exit status.
 
     The output goes by way of a file: a pipe would stay open as long as any process it started.
@@ -82,7 +81,7 @@ def run_logged(
             cwd=ROOT,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=os.environ | (environment or {}),
+            env=os.environ | environment,
         )
         while True:
             ended = process.poll() is not None
@@ -105,10 +104,13 @@ class Report:
 
     def __init__(self, options: argparse.Namespace, work: Path, folder: Path) -> None:
         self.options, self.work, self.folder = options, work, folder
-        self.run = run_logged
 
     def log(self, name: str) -> Path:
         return self.work / f"{name}.log"
+
+    def run(self, name: str, command: list[str], limit: float, **environment: str) -> str:
+        """The outcome of a command."""
+        return outcome_of(run_logged(command, limit, self.log(name), environment))
 
     def python(self, step: str, seconds: float) -> list[str]:
         """The command that makes a step of this package, in a process of its own."""
@@ -120,21 +122,22 @@ class Report:
         """The outcome of a step: passed, failed, ran out of time, or why it was skipped."""
         special: dict[str, Callable[[float], str]] = {
             "build": self.build,
-            "tests": self.tests,
             "profile": self.profile,
             **{tool: lambda limit, tool=tool: self.sanitize(tool, limit) for tool in SANITIZERS},
         }
         if step.name in special:
             return special[step.name](limit)
-        return outcome_of(self.run(self.python(step.name, seconds), limit, self.log(step.name)))
+        return self.run(step.name, self.python(step.name, seconds), limit)
 
     def build(self, limit: float) -> str:
         """In place, for the GPUs that are visible; nothing of the environment is touched."""
         if self.options.dry_run:
             return "skipped: dry run"
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        status = self.run(command, limit, self.log("build"), {"KDKERNELS_CUDA": "1"})
-        return outcome_of(status)
+        outcome = self.run("build", command, limit, KDKERNELS_CUDA="1")
+        # A build without the CUDA kernels is none that setup.py would fail for.
+        reason = read_part(ROOT / "kdkernels", "_build", {}).get("cuda")
+        return f"failed: {reason}" if outcome == "passed" and reason else outcome
 
     def sanitize(self, tool: str, limit: float) -> str:
         command = self.python("small-shapes", limit)
@@ -144,8 +147,7 @@ class Report:
             driver, command = command, ["compute-sanitizer", "--tool", tool]
             command += ["--target-processes", "application-only", "--error-exitcode", "9", *driver]
         # Without a cache every tensor is an allocation of its own, with guarded ends.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        outcome = outcome_of(self.run(command, limit, self.log(tool), environment))
+        outcome = self.run(tool, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if not self.options.dry_run and outcome in ("passed", "failed"):
             summary = sanitizer_summary(self.log(tool).read_text(errors="replace"))
             clean = outcome == "passed" and summary is not None and not re.search("[1-9]", summary)
@@ -154,44 +156,35 @@ class Report:
             outcome = "passed" if clean else "failed"
         return outcome
 
-    def tests(self, limit: float) -> str:
-        """The tests marked ``gpu``."""
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider"]
-        if self.options.dry_run:
-            return "skipped: dry run"
-        status = self.run(command, limit, self.log("tests"))
-        return "skipped: no test is marked gpu" if status == 5 else outcome_of(status)
-
     def profile(self, limit: float) -> str:
-        """Nsight Compute on one step; its table goes to the results."""
+        """Nsight Compute on the kernel of the rows; its tables go to the results."""
         command = self.python("profiled", limit)
         if not self.options.dry_run:
             if not shutil.which("ncu"):
                 return "skipped: no ncu on the PATH"
-            driver, command = command, ["ncu", "--profile-from-start", "off"]
             # The clocks are left as they are found.
-            command += ["--clock-control", "none", "--metrics", ",".join(METRICS), *driver]
-        outcome = outcome_of(self.run(command, limit, self.log("profile")))
+            ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none"]
+            ncu += ["--kernel-name", "regex:rows_kernel", "--metrics", ",".join(METRICS)]
+            command = [*ncu, *(f"--section={name}" for name in SECTIONS), *command]
+        outcome = self.run("profile", command, limit)
         text = self.log("profile").read_text(errors="replace")
         lines = [line for line in text.splitlines() if not line.startswith("==PROF==")]
-        device = read_part(self.work, "environment", {}).get("device", "unknown device")
-        name = self.folder / f"{slug(device)}-ncu.txt"
-        name.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        name = f"{stem(read_part(self.work, 'environment', {}))}-ncu.txt"
+        (self.folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         return outcome
 
 
-METRICS = [
-    "gpu__time_duration.sum",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "dram__bytes_read.sum",
-    "dram__bytes_write.sum",
-    "lts__t_sector_hit_rate.pct",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__registers_per_thread",
-    "launch__shared_mem_per_block_dynamic",
-    "launch__block_size",
-    "launch__grid_size",
+# What a kernel waits for: memory, issue slots, one unit, or too few warps.
+SECTIONS = [
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "MemoryWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "LaunchStats",
+    "Occupancy",
 ]
+METRICS = ["dram__bytes_read.sum", "dram__bytes_write.sum"]  # three arrays, or more
 
 
 def sanitizer_summary(text: str) -> str | None:
@@ -218,6 +211,7 @@ def own_step(options: argparse.Namespace) -> int:
     steps: dict[str, Callable[[], Any]] = {
         "info": lambda: info(work, device, backends),
         "warm-compiler": lambda: gpu_timing.warm_compiler(plan),
+        "warm-kernels": lambda: gpu_timing.warm_kernels(plan, largest, options.part),
         "correctness": lambda: gpu_checks.correctness(
             work, device, backends, largest, options.seconds
         ),
@@ -235,31 +229,20 @@ def draw(work: Path, folder: Path) -> bool:
     from benchmarks.gpu_plot import plot
 
     results = publish(work, folder)
-    stem = slug(results["environment"].get("device", "unknown device"))
-    drawn = plot(results, folder / f"{stem}.png")
-    copy_out(folder, stem)
+    name = stem(results["environment"])
+    drawn = plot(results, folder / f"{name}.png")
+    copy_out(folder, name)
     return drawn
 
 
 def plan_for(options: argparse.Namespace) -> Any:
     from benchmarks import gpu_timing
 
+    device, backends, shapes, folder = "cuda", GPU_BACKENDS, gpu_timing.SHAPES, options.results
+    plan = gpu_timing.Plan(device, backends, shapes, "inductor", 1 << 32, 8.0, 6.0, folder)
     if options.dry_run:
         shapes = [(16, 5000), (128, 100), (32, 300)]
-        plan = gpu_timing.Plan(
-            "cpu", ["cpu", "reference"], shapes, "eager", 1 << 22, 0.3, 0.2, options.results
-        )
-    else:
-        plan = gpu_timing.Plan(
-            "cuda",
-            ["cuda", "triton"],
-            gpu_timing.SHAPES,
-            "inductor",
-            1 << 33,
-            8.0,
-            6.0,
-            options.results,
-        )
+        plan = gpu_timing.Plan("cpu", CPU_BACKENDS, shapes, "eager", 1 << 22, 0.3, 0.2, folder)
     # One that cannot run is a failed check of `info`; the others are measured all the same.
     from kdkernels.backends import BACKENDS
 
@@ -276,11 +259,12 @@ def info(work: Path, device: str, able: list[str]) -> bool:
     from kdkernels import backends
     from kdkernels.__main__ import info as print_info
 
-    print_info()
+    # First of all: without it no results are published.
     write_part(work, "environment", environment(torch, kdkernels.__version__, device))
+    print_info()
     checks = Checks(work, "info")
     reasons = {name: text for name, _, text in backends.report()}
-    for name in ["cpu", "reference"] if device == "cpu" else ["cuda", "triton"]:
+    for name in CPU_BACKENDS if device == "cpu" else GPU_BACKENDS:
         checks.record(name, name in able, reasons.get(name, "this version has no such backend"))
     return checks.all_passed()
 
@@ -303,7 +287,7 @@ def environment(torch: Any, version: str, device: str) -> dict[str, str]:
         found["triton"] = triton.__version__
     except ImportError:
         found["triton"] = "not installed"
-    commit = output("git", "rev-parse", "HEAD")
+    commit = os.environ.get("KDKERNELS_COMMIT") or output("git", "rev-parse", "HEAD")
     changed = output("git", "status", "--porcelain", "--untracked-files=no")
     if commit != "unknown" and changed not in ("", "unknown"):
         commit += ", with changes"
@@ -344,7 +328,7 @@ def all_steps(report: Report, steps: list[Step], seconds: float) -> list[Results
     begin = time.monotonic()
     # Steps of an earlier run with --only stay in the report.
     done = [s for s in read_part(report.work, "steps", []) if s["name"] not in _names(steps)]
-    warming = start_warming(report) if "measure" in _names(steps) else None
+    warming = start_warming(report) if "measure" in _names(steps) else []
     try:
         for i, step in enumerate(steps):
             if step.name == "measure":
@@ -370,28 +354,32 @@ def _names(steps: list[Step]) -> list[str]:
     return [step.name for step in steps]
 
 
-def start_warming(report: Report) -> subprocess.Popen[bytes]:
-    """torch.compile takes its minutes while the GPU has nothing else to do: during the build."""
-    with open(report.log("warm-compiler"), "w") as sink:
-        return subprocess.Popen(
-            report.python("warm-compiler", 0),
-            cwd=ROOT,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+def start_warming(report: Report) -> list[subprocess.Popen[bytes]]:
+    """torch.compile and Triton take their minutes while the GPU has nothing to do: in the build."""
+    parts = max(1, min(8, (os.cpu_count() or 1) // 4))  # the build needs cores, too
+    commands = [report.python("warm-compiler", 0)]
+    for part in range(parts):
+        commands.append([*report.python("warm-kernels", 0), "--part", str(part), str(parts)])
+    with open(report.log("warm"), "w") as sink:
+        return [
+            subprocess.Popen(
+                command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            for command in commands
+        ]
 
 
-def stop(process: subprocess.Popen[bytes] | None) -> None:
-    if process is not None and process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def failures(steps: list[Results], results: Results) -> list[str]:
     """Steps and checks that failed, or could not be made: without them nothing is shown to hold."""
     decisive = {step.name for step in STEPS if step.decides}
-    ended = ("passed", "skipped: dry run", "skipped: no test is marked gpu")
+    ended = ("passed", "skipped: dry run")
     found = [
         f"{step['name']}: {step['outcome']}"
         for step in steps
@@ -423,6 +411,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     hidden = argparse.SUPPRESS
     parser.add_argument("--step", help=hidden)
     parser.add_argument("--seconds", type=float, default=60.0, help=hidden)
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=hidden)
     parser.add_argument("--work", type=Path, help=hidden)
     parser.add_argument("--results", type=Path, help=hidden)
     options = parser.parse_args(argv)

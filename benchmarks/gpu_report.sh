@@ -14,6 +14,7 @@
 # Environment:
 #   PYTHON                    the interpreter, with torch 2.11 or later (default: python3)
 #   KDKERNELS_REPORT_SECONDS  for all steps together (default: 465)
+#   KDKERNELS_COMMIT          what is measured, where git cannot say
 #   KDKERNELS_WHEELS          a folder of wheels to compare with. Those of Liger-Kernel and
 #                             orda-kernel are pure Python; where there is a network:
 #                             pip download --no-deps -d FOLDER liger-kernel orda-kernel
@@ -28,12 +29,14 @@ is_dry_run=false
 for argument in "$@"; do
   if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then is_dry_run=true; fi
 done
-if ! $is_dry_run && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+if ! $is_dry_run && [[ $(nvidia-smi -L 2>/dev/null) != GPU* ]]; then
   echo "gpu_report: no GPU is visible (nvidia-smi -L lists none). Nothing was built or measured." >&2
   echo "gpu_report: --dry-run tries the report itself on the CPU." >&2
   exit 2
 fi
 
+# nvcc, compute-sanitizer and ncu, where an installation has left them off the PATH.
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [[ -n ${KDKERNELS_WHEELS:-} ]]; then
   for wheel in "$KDKERNELS_WHEELS"/*.whl; do

@@ -38,8 +38,9 @@ def ours(backend: str) -> str:
     return f"kdkernels {backend}"
 
 
-def slug(device: str) -> str:
-    """The name of a device as a file name: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+def stem(environment: Results) -> str:
+    """The device as a file name: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+    device = environment.get("device", "unknown device")
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -178,7 +179,8 @@ def duration(ms: float) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def markdown(results: Results) -> str:
@@ -205,9 +207,11 @@ Medians, with the fraction of the floor in brackets: the time in which a large d
 the {ARRAYS[TRAIN]} arrays of a forward + backward (student, teacher and gradient once each), or
 the {ARRAYS[FORWARD]} of a forward. T = 4, alpha = 0.9. The providers take turns on the same
 inputs, between CUDA events, the L2 cache flushed before each turn; inputs smaller than the cache
-rotate among several sets. The gradient is fresh each time (`student.grad = None`).
-*{COPY}* moves the same bytes at the same shape. *{COMPILED}* is the eager loss, compiled for the
-static shape. *{CROSS_ENTROPY}* distils nothing: it reads one array and writes one, by itself.
+rotate among several sets. The gradient is fresh each time (`student.grad = None`). A batch too
+small to fill the device waits for the host: its fraction says little, {SMALL_BATCH} has a table of
+its own.
+*{COPY}* moves as many bytes in one launch. *{COMPILED}* is the eager loss, compiled for the static
+shape. *{CROSS_ENTROPY}* distils nothing, and reads no teacher: its fraction is of others' floor.
 *Liger-Kernel* is its KL divergence beside its cross entropy; that and the inner kernel of
 *orda-kernel* (its public functions take hidden states, not logits) overwrite the student logits, so
 they work on a copy made before."""
@@ -215,7 +219,7 @@ they work on a copy made before."""
 
 def _environment(results: Results) -> str:
     environment = results["environment"]
-    lines = [f"- {key}: {value}" for key, value in environment.items() if key != "device"]
+    lines = [f"- {key}: {value}" for key, value in environment.items() if value and key != "device"]
     return "\n".join(lines) or "Nothing is known of the machine."
 
 
@@ -346,17 +350,21 @@ def collect(work: Path) -> Results:
 
 
 def publish(work: Path, folder: Path) -> Results:
-    """Write <device>.json and <device>.md; copies go to the folder $OUT, if that is set."""
+    """Write <device>.json and <device>.md, once the device is known; copies go to $OUT, if set."""
     results = collect(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = slug(results["environment"].get("device", "unknown device"))
-    (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{stem}.md").write_text(markdown(results), encoding="utf-8")
-    copy_out(folder, stem)
+    if results["environment"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = folder / stem(results["environment"])
+        text = json.dumps(results, indent=1) + "\n"
+        name.with_suffix(".json").write_text(text, encoding="utf-8")
+        name.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+        copy_out(folder, name.name)
     return results
 
 
-def copy_out(folder: Path, stem: str) -> None:
+def copy_out(folder: Path, name: str) -> None:
     if os.environ.get("OUT"):
-        for path in folder.glob(f"{stem}*"):
-            shutil.copy(path, os.environ["OUT"])
+        target = Path(os.environ["OUT"])
+        target.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{name}*"):
+            shutil.copy(path, target)

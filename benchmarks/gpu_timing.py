@@ -7,6 +7,7 @@ is the median of its turns.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import statistics
 import time
@@ -19,7 +20,6 @@ import torch
 from benchmarks import gpu_checks, gpu_providers
 from benchmarks.gpu_providers import Inputs, Provider, Step
 from benchmarks.gpu_results import (
-    COMPILED,
     COPY,
     CROSS_ENTROPY,
     FORWARD,
@@ -41,8 +41,7 @@ SHAPES = [
     (128, 10),
 ]
 DTYPES = ["bfloat16", "float32"]
-COMPILE_SECONDS = 30.0
-WARM_UP_SECONDS = 5.0  # of any other provider
+WARM_UP_SECONDS = 30.0  # of a provider; to compile takes the most of it
 MAX_SETS = 64  # of inputs, to get past the cache
 
 
@@ -85,6 +84,9 @@ class WallClock:
     def finish(self) -> None:
         """Nothing is under way on a CPU."""
 
+    def release(self) -> None:
+        """Nor is memory kept."""
+
 
 class DeviceClock:
     """Times steps on the GPU, between events on its stream."""
@@ -109,16 +111,23 @@ class DeviceClock:
         return begin.elapsed_time(end) / repeats
 
     def peak_bytes(self, step: Callable[[], Any]) -> int | None:
-        """The most that was allocated during a step beyond what there was before it."""
+        """The most that a step asks for beyond what there was before it.
+
+        As requested: what is allocated for it can be a megabyte more, whoever asks.
+        """
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak: int = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+        return peak - before
 
     def finish(self) -> None:
         torch.cuda.synchronize()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
 
 
 def clock_for(device: str) -> WallClock | DeviceClock:
@@ -142,11 +151,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """One line for a table, and no bars, which would end its cell."""
+    """One line for a table."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = f"{type(error).__name__}: {error}".splitlines()
-    return lines[0].replace("|", "/")[:120]
+    return lines[0][:120]
 
 
 def number_of_sets(rows: int, classes: int, item_bytes: int, cache_bytes: int) -> int:
@@ -176,7 +185,7 @@ def measure_direction(
         if step is None:
             continue
         try:
-            with time_limit(COMPILE_SECONDS if name == COMPILED else WARM_UP_SECONDS):
+            with time_limit(WARM_UP_SECONDS):
                 found[name], turns[name] = _warm_up(name, step, sets, clock, plan.turn_ms)
         except Exception as error:
             found[name] = {"error": reason(error)}
@@ -229,34 +238,30 @@ def ceiling(plan: Plan, clock: WallClock | DeviceClock) -> dict[str, float]:
 
 
 def small_batches(work: Path, plan: Plan) -> None:
-    """In a process of its own: a capture that fails can leave the device's memory unusable."""
-    found = {}
-    for dtype in DTYPES:
-        found[dtype] = small_batch(dtype, plan)
-        write_part(work, "small_batch", found)
+    """Host and device microseconds of steps that are too small to fill the device.
 
-
-def small_batch(dtype: str, plan: Plan) -> dict[str, dict[str, Any]]:
-    """Host and device microseconds of a step that is too small to fill the device."""
-    costs: dict[str, dict[str, Any]] = {}
-    inputs = Inputs(*SMALL_BATCH, getattr(torch, dtype), plan.device)
+    Captures come last, and all of it in a process of its own: one that fails can leave the device
+    beyond use.
+    """
     clock = clock_for(plan.device)
-    candidates, _ = gpu_providers.available(plan.backends, plan.compiler)
-    for provider in candidates:
-        if provider.name == COPY:
-            continue
-        costs[provider.name] = {}
-        try:
-            with time_limit(COMPILE_SECONDS):
-                costs[provider.name]["host_us"] = host_us(provider.train, inputs, clock)
-                # Those of others wait for the device, which cannot be captured.
-                if plan.device != "cpu" and provider.name not in gpu_providers.OTHERS:
-                    costs[provider.name]["stream_us"] = stream_us(provider.train, inputs)
-        except Exception as error:
-            costs[provider.name]["error"] = reason(error)
-            clock.finish()
-        inputs.drop_gradients()
-    return costs
+    (_, *candidates), _ = gpu_providers.available(plan.backends, plan.compiler)  # but the copy
+    inputs = {d: Inputs(*SMALL_BATCH, getattr(torch, d), plan.device) for d in DTYPES}
+    found: dict[str, dict[str, Any]] = {dtype: {} for dtype in DTYPES}
+    # Others' steps wait for the device, which cannot be captured.
+    capturable = [provider for provider in candidates if provider.name not in gpu_providers.OTHERS]
+    measures = [("host_us", host_us, candidates)]
+    if plan.device != "cpu":
+        measures.append(("stream_us", stream_us, capturable))
+    for cost, measure_cost, those in measures:
+        for dtype, provider in itertools.product(DTYPES, those):
+            costs = found[dtype].setdefault(provider.name, {})
+            try:
+                with time_limit(WARM_UP_SECONDS):
+                    costs[cost] = measure_cost(provider.train, inputs[dtype], clock)
+            except Exception as error:
+                costs["error"] = reason(error)
+            inputs[dtype].drop_gradients()
+            write_part(work, "small_batch", found)
 
 
 def host_us(step: Step, inputs: Inputs, clock: WallClock | DeviceClock) -> float:
@@ -272,8 +277,9 @@ def host_us(step: Step, inputs: Inputs, clock: WallClock | DeviceClock) -> float
     return statistics.median(rounds)
 
 
-def stream_us(step: Step, inputs: Inputs) -> float:
+def stream_us(step: Step, inputs: Inputs, clock: WallClock | DeviceClock) -> float:
     """The device's time for a step, the host's part aside: a graph of 20 steps, replayed."""
+    clock.finish()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -301,19 +307,17 @@ def stream_us(step: Step, inputs: Inputs) -> float:
 # --- all -----------------------------------------------------------------------------------------
 
 
-def agreement(plan: Plan, rows: int = 64, classes: int = 1000) -> dict[str, dict[str, Any]]:
+def agreement(plan: Plan, rows: int = 1024, classes: int = 1000) -> dict[str, dict[str, Any]]:
     """How far each provider's float32 gradient is off: a baseline has to compute the same loss."""
     candidates, missing = gpu_providers.available(plan.backends, plan.compiler)
-    answers: dict[str, dict[str, Any]] = {
-        name: {"error": text.replace("|", "/")} for name, text in missing.items()
-    }
+    answers: dict[str, dict[str, Any]] = {n: {"error": text} for n, text in missing.items()}
     for provider in candidates:
         if provider.name in (COPY, CROSS_ENTROPY):
             continue
         inputs = Inputs(rows, classes, torch.float32, plan.device)
         _, expected = gpu_checks.truth(inputs.student.detach(), inputs.teacher, inputs.labels)
         try:
-            with time_limit(COMPILE_SECONDS):
+            with time_limit(WARM_UP_SECONDS):
                 grad = provider.train(inputs)
             assert grad is not None
             off = (grad.double() - expected).norm() / expected.norm()
@@ -340,7 +344,10 @@ def measure(work: Path, plan: Plan, seconds: float) -> None:
             print(f"no time was left for {len(cases) - i} of {len(cases)} shapes")
             break
         share = deadline.left() / (len(cases) - i)
-        _measure_shape(found, plan, dtype, shape, clock, share)
+        try:
+            _measure_shape(found, plan, dtype, shape, clock, share)
+        except torch.OutOfMemoryError:
+            print(f"the inputs of {shape} {dtype} do not fit this device")
         write_part(work, "measurements", found)
         publish(work, plan.folder)
 
@@ -380,8 +387,7 @@ def _measure_shape(
         )
         _show(found["measurements"][-1])
     del sets
-    if plan.device != "cpu":
-        torch.cuda.empty_cache()
+    clock.release()
 
 
 def _show(measurement: dict[str, Any]) -> None:
@@ -393,14 +399,42 @@ def _show(measurement: dict[str, Any]) -> None:
     print(f"({m['rows']}, {m['classes']}) {m['dtype']} {m['direction']}, ms: {shown}", flush=True)
 
 
+# --- before it: what is compiled at a first call --------------------------------------------------
+
+
 def warm_compiler(plan: Plan) -> None:
     """Compile the eager loss for every shape, so that ``measure`` finds it in Inductor's cache."""
-    for dtype in DTYPES:
-        for shape in plan.shapes:
-            provider = gpu_providers.compiled(plan.compiler)
-            inputs = Inputs(*shape, getattr(torch, dtype), plan.device)
-            provider.train(inputs)
-            assert provider.forward is not None
-            provider.forward(inputs)
-            print(f"compiled for {shape} {dtype}", flush=True)
-            del inputs
+    for dtype, shape in itertools.product(DTYPES, plan.shapes):
+        provider = gpu_providers.compiled(plan.compiler)
+        _warm(provider, Inputs(*shape, getattr(torch, dtype), plan.device))
+        print(f"compiled for {shape} {dtype}", flush=True)
+
+
+def warm_kernels(plan: Plan, largest: int, share: tuple[int, int]) -> None:
+    """One part of the kernels that Triton compiles for the checks and for ``measure``.
+
+    There are a hundred, at seconds each, and a process compiles one at a time.
+    """
+    # For a number of classes; that of the rows is an argument.
+    classes = {c for _, c in plan.shapes} | {c for _, c in gpu_checks.SMALL_SHAPES if c <= largest}
+    dtypes = [getattr(torch, name) for name in (*DTYPES, "float16")]
+    jobs: list[Callable[[str], Any]] = [
+        lambda backend, case=case: gpu_checks.compare(gpu_checks.make(case, plan.device), backend)
+        for case in gpu_checks.cases_up_to(largest)
+    ]
+    jobs += [
+        lambda backend, c=c, d=d: _warm(
+            gpu_providers.kdkernels(backend), Inputs(8, c, d, plan.device)
+        )
+        for c, d in itertools.product(sorted(classes), dtypes)
+    ]
+    part, parts = share
+    for job, backend in itertools.product(jobs[part::parts], plan.backends):
+        with contextlib.suppress(Exception):  # the checks will tell
+            job(backend)
+
+
+def _warm(provider: Provider, inputs: Inputs) -> None:
+    provider.train(inputs)
+    assert provider.forward is not None
+    provider.forward(inputs)

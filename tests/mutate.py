@@ -1,18 +1,42 @@
 """Breaks the kernels on purpose, one fault at a time, and expects the tests to notice.
 
-``python tests/mutate.py`` builds a copy of the tree for each fault and runs the numerical tests on
-it: a survivor is a promise that nothing tests. Minutes long, so not part of the ordinary run.
+``python tests/mutate.py`` builds a copy of the tree for each fault and runs the tests of what the
+fault is in: a survivor is a promise that nothing tests. ``python tests/mutate.py csrc/cuda`` takes
+the faults of those files alone. Long, so not part of the ordinary run.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["test_numerics.py", "test_special_values.py", "test_autograd.py"]
+TIMEOUT_S = 900
+
+
+class Suite(NamedTuple):
+    """What is to notice a fault in the files whose paths start with ``prefix``."""
+
+    prefix: str
+    tests: list[str]  # pytest's arguments
+    environment: dict[str, str]
+    builds: bool  # the module that is installed; the CUDA tests build their own
+
+
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+# The first that fits. What nvcc compiles says nothing of the numbers, and takes long.
+SUITES = [
+    Suite("csrc/cuda/", ["test_cuda.py", "-k", "not spills and not moved_16_bytes"], {}, False),
+    Suite("kdkernels/backends/triton", ["test_triton.py"], INTERPRETED, False),
+    Suite("csrc/", ["test_numerics.py", "test_special_values.py", "test_autograd.py"], {}, True),
+    Suite("", ["test_numerics.py", "test_special_values.py", "test_autograd.py"], {}, False),
+]
+
+TRITON = "kdkernels/backends/triton_kernels.py"
 
 # (file, what stands there, what is put in its place)
 FAULTS = [
@@ -26,71 +50,146 @@ FAULTS = [
     # Wrong denominators: all rows, not the active ones; the other softmax's sum.
     ("csrc/cpu/run.cpp", "counts.soft ? static_cast<double>(counts.soft)", "true ? double(p.rows)"),
     ("csrc/cpu/run.cpp", "c.hard += p.weight ? p.weight[label] : 1.0", "c.hard += 1.0"),
-    ("csrc/cpu/rows.inl", "p.soft_scale / sums.teacher", "p.soft_scale / sums.student"),
+    ("csrc/row_math.inl", "soft_scale / sums.teacher", "soft_scale / sums.student"),
     # The running maximum: not carried over to the next block, or not to the sums so far.
-    ("csrc/cpu/sweeps.inl", "sums.cross += sums.teacher * step;", ""),
+    ("csrc/row_math.inl", "sums.cross += sums.teacher * step;", ""),
     ("csrc/cpu/sweeps.inl", "if (dt != 0) step.teacher = exp(dt * inverse_t);", ""),
-    ("csrc/cpu/sweeps.inl", "sums.hard *= seen == 0 ? 0.0 : exp(-step);", ""),
+    ("csrc/row_math.inl", "sums.hard *= seen == 0 ? 0.0 : exp(-step);", ""),
     # Special values.
-    ("csrc/cpu/rows.inl", "if (sums.masked && kl == kl) kl = INFINITY;", ""),
-    ("csrc/cpu/sweeps.inl", "max == -INFINITY ? 0 : max", "max"),
+    ("csrc/row_math.inl", "if (sums.masked && kl == kl) kl = INFINITY;", ""),
+    ("csrc/row_math.inl", "max == -INFINITY ? 0 : max", "max"),
     ("csrc/cpu/rows.inl", "if (!p.soft_active(i)) {", "if (false) {"),
     # Digits: the entries that cancel, one rounding instead of two, rows redone in double, float16.
     ("csrc/cpu/rows.inl", "if (e.index >= 0) store_block", "if (false) store_block"),
     ("csrc/cpu/rows.inl", "entries[0].index = -1;", "entries[1].index = -1;"),
     ("csrc/cpu/sweeps.inl", "rounded(a * x) - rounded(b * y)", "a * x - b * y"),
-    ("csrc/cpu/rows.inl", "return !(error > kLossBound * (1 + loss))", "return true"),
-    ("csrc/cpu/rows.inl", "return !(error * kEpsilon * kEpsilon > squares", "return !(0 > squares"),
+    ("csrc/row_math.inl", "return !(error > kLossBound * (1 + loss))", "return true"),
+    ("csrc/row_math.inl", "return !(error * epsilon * epsilon > squares", "return !(0 > squares"),
     ("csrc/cpu/rows.inl", "sizeof(Real) == 4 && p.grad == p.student", "false"),
-    ("csrc/cpu/run.cpp", "p.student_dtype == kFloat16 ? float16_scale", "false ? float16_scale"),
+    ("csrc/cpu/run.cpp", "p.grad && p.student_dtype == kFloat16", "false"),
+    ("csrc/row_math.inl", "max_weight > 1 ? max_weight : 1", "1"),
     # Label smoothing.
-    ("csrc/cpu/rows.inl", "smooth * (p.weight_sum * (lse", "(p.weight_sum * (lse"),
-    ("csrc/cpu/sweeps.inl", "f.smooth * w;\n    if (label", "0;\n    if (label"),
+    ("csrc/row_math.inl", "smooth * (scales.weight_sum * (lse", "(scales.weight_sum * (lse"),
+    ("csrc/row_math.inl", "f.hard * sure.hard + f.smooth * w", "f.hard * sure.hard"),
     # Plumbing.
     ("kdkernels/backends/base.py", "incoming.unsqueeze(-1)", "incoming[:1].unsqueeze(-1)"),
     ("kdkernels/functional.py", "grad = grad.clone()", "pass"),
     ("kdkernels/functional.py", "grad = _differentiable_gradient(", "grad = _take_gradient("),
     ("kdkernels/functional.py", "ctx.mark_dirty(student)", "pass"),
+    # CUDA: heads and tails of rows that do not start on a vector, and of the backward's.
+    ("csrc/cuda/rows.cuh", "p.classes + shift + kVector - 1", "p.classes + kVector - 1"),
+    ("csrc/cuda/rows.cuh", "kSameType && misaligned(teacher) == shift", "kSameType"),
+    ("csrc/cuda/rows.cuh", "grad_aligned = misaligned(grad) == shift", "grad_aligned = true"),
+    ("csrc/cuda/scale.cuh", "k < n - body * kVector", "k < head"),
+    ("csrc/cuda/scale.cuh", "misaligned ? kVector - misaligned : 0", "0"),
+    # The exchange between the blocks of a cluster, and what keeps its memory from being reused.
+    ("csrc/cuda/teams.cuh", "if (kCluster && lane() < slices())", "if (false)"),
+    ("csrc/cuda/teams.cuh", "if (thread_index() < slices())", "if (thread_index() < 1)"),
+    ("csrc/cuda/teams.cuh", "parity ^= 1;", ""),
+    # Rows read again: in place, in double, and the loss that stays as it was.
+    ("csrc/cuda/rows.cuh", "chunks > 1 && p.grad == p.student", "false"),
+    ("csrc/cuda/rows.cuh", "(chunk > 0 || sizeof(Real) == 8)", "chunk > 0"),
+    ("csrc/cuda/rows.cuh", "attempt<InDouble>(again);", "again = terms;"),
+    ("csrc/cuda/rows.cuh", "if (good == kNothing) terms = again;", "terms = again;"),
+    ("csrc/cuda/rows.cuh", "kFast ? 0x1p-22 : kEpsilon", "kEpsilon"),
+    ("csrc/cuda/rows.cuh", "if (grad) write_zeros();", ""),
+    # What the means divide by, class weights, and who adds up.
+    ("csrc/cuda/kernel.cuh", "if (hard || p.distill_ignored) sums[0]", "sums[0]"),
+    ("csrc/cuda/kernel.cuh", "if (hard) sums[1]", "sums[1]"),
+    ("csrc/cuda/kernel.cuh", "label >= 0 && label < p.classes ? label : 0", "0"),
+    ("csrc/cuda/counts.cuh", "weights += p.weight[k];", "weights += 1;"),
+    ("csrc/cuda/counts.cuh", "max_weight[0] = max_nan(max_weight[0], p.weight[k]);", ""),
+    ("csrc/cuda/kernel.cuh", "static_cast<unsigned>(grid_blocks()) - 1", "0u"),
+    ("csrc/cuda/kernel.cuh", "if (last) *arrivals = 0;", ""),
+    ("csrc/cuda/run.cu", "plan.launch.cluster, std::min", "0, std::min"),
+    # The backward: 0 * inf, a factor of 1, the pieces of long rows.
+    ("csrc/cuda/scale.cuh", "if (values[e] != 0) values[e]", "values[e]"),
+    ("csrc/cuda/scale.cuh", "if (g != 0) round_to", "round_to"),
+    ("csrc/cuda/scale.cuh", "if (factor == 1) continue;", ""),
+    ("csrc/cuda/scale.cuh", "begin = i % pieces * kPiece", "begin = 0"),
+    # Triton: the same, where it says it in its own words.
+    (TRITON, "kl == kl), float(\"inf\"), kl)", "kl == kl), kl, kl)"),
+    (TRITON, "(sums.teacher + sums.teacher_ones) * step", "0 * step"),
+    (TRITON, "tl.where(old == float(\"-inf\"), 0.0, tl.exp", "(tl.exp"),
+    (TRITON, "sums.teacher_ones - et_sure", "0 * et_sure"),
+    (TRITON, "at_sure, at_sure + f.label", "at_sure, at_sure"),
+    (TRITON, "~risk & (tile.active |", "(tile.active |"),
+    (TRITON, "asked.inplace and judged", "False and judged"),
+    (TRITON, "keep | tile.idle", "keep"),
+    (TRITON, "flag == 2", "flag > 0"),
+    (TRITON, "if not DISTILL_IGNORED:", "if False:"),
+    (TRITON, "_largest(weight, classes, WIDE, BLOCK)", "one"),
+    (TRITON, "tl.where(g == 0, g, g *", "tl.where(g != g, g, g *"),
+    ("kdkernels/backends/triton.py", "grad_scale = scales[-1:]", "pass"),
+    ("kdkernels/backends/triton.py", "inplace and source is not student", "False"),
 ]  # fmt: skip
+
+
+def suite_of(file: str) -> Suite:
+    return next(suite for suite in SUITES if file.startswith(suite.prefix))
 
 
 def survives(file: str, old: str, new: str) -> bool:
     """Whether the tests still pass with the fault in a copy of the tree."""
+    suite = suite_of(file)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "kdkernels"
-        is_native = file.startswith("csrc")
-        ignored = [".git", "build", "*.egg-info", ".*_cache", "runs", *(["*.so"] * is_native)]
+        ignored = [".git", "build", "*.egg-info", ".*_cache", "runs"]
+        ignored += ["*.so"] if suite.builds else []
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*ignored))
         text = (copy / file).read_text(encoding="utf-8")
         (copy / file).write_text(text.replace(old, new) if old else text, encoding="utf-8")
-        if is_native:
+        if suite.builds:
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             subprocess.run(build, cwd=copy, check=True, capture_output=True)
         if not list((copy / "kdkernels").glob("_cpu.*.so")):
             raise SystemExit(f"{file} does not compile with {new!r}")
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        tests += [str(copy / "tests" / name) for name in TESTS]
-        environment = os.environ | {"PYTHONPATH": str(copy)}
-        run = subprocess.run(tests, cwd=copy, env=environment, capture_output=True, text=True)
-        if run.returncode not in (0, 1):  # 1: tests failed, which is what is wanted
-            raise SystemExit(f"the tests did not run:\n{run.stdout}{run.stderr}")
-        return run.returncode == 0
+        names = [str(copy / "tests" / a) if a.endswith(".py") else a for a in suite.tests]
+        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
+        status, output = run(tests, copy, suite.environment | {"PYTHONPATH": str(copy)})
+        if "CalledProcessError" in output and "c++" in output:
+            raise SystemExit(f"{file} does not compile with {new!r}:\n{output}")
+        if status not in (0, 1) and status > 0:  # 1: tests failed, which is what is wanted
+            raise SystemExit(f"the tests did not run:\n{output}")
+        return status == 0
 
 
-def main() -> int:
-    for file, old, _ in FAULTS:
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """The exit status and what was printed; negative for a crash or a barrier that never opens."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that what the tests start ends with them
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    return process.returncode, output
+
+
+def main(part: str = "") -> int:
+    faults = [fault for fault in FAULTS if part in fault[0]]
+    for file, old, _ in faults:
         if (ROOT / file).read_text(encoding="utf-8").count(old) == 0:
             raise SystemExit(f"{file} no longer holds {old!r}: mend the list")
-    if not survives("csrc/cpu/run.cpp", "", ""):
-        raise SystemExit("the tests fail without a fault, too")
+    first_files = {suite_of(file).prefix: file for file, _, _ in reversed(faults)}
+    for file in first_files.values():
+        if not survives(file, "", ""):
+            raise SystemExit(f"the tests of {file} fail without a fault, too")
     survivors = 0
-    for file, old, new in FAULTS:
+    for file, old, new in faults:
         is_survivor = survives(file, old, new)
         survivors += is_survivor
         print(f"{'SURVIVED' if is_survivor else 'noticed '} {file}: {old!r} -> {new!r}", flush=True)
-    print(f"{len(FAULTS) - survivors} of {len(FAULTS)} faults noticed")
+    print(f"{len(faults) - survivors} of {len(faults)} faults noticed")
     return bool(survivors)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

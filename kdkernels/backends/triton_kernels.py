@@ -486,7 +486,7 @@ def _loss_at_risk(sums, loss, batch, asked, REAL: tl.constexpr):
         error = 2 * EPSILON * batch.temperature * batch.temperature
         # Logits near the largest number.
         overflow = (loss == float("inf")) & (sums.lowest > float("-inf"))
-        risk = (error > LOSS_BOUND * (1 + loss)) | overflow  # NaN is as exact as it gets
+        risk = (error > (1 + loss) * LOSS_BOUND) | overflow  # NaN is as exact as it gets
     return risk
 
 
