@@ -260,6 +260,16 @@ def test_each_row_gets_its_own_factor(on, classes):
         assert_close(grad, rows * incoming.double()[:, None])
 
 
+def test_a_factor_of_one_leaves_memory_alone(on):
+    """Not even NaN is rewritten: what is there keeps its bits."""
+    on(H100)
+    bits = torch.full((1, 19), 0x7FA1, dtype=torch.int16)  # a product would be another NaN
+    grad = bits.view(torch.bfloat16)
+    backends.BACKENDS["cuda"].scale(grad, torch.tensor(1.0), 1.0)
+    backends.BACKENDS["cuda"].scale(grad, torch.tensor([8.0]), torch.tensor(8.0).double())
+    assert (bits == 0x7FA1).all()
+
+
 def test_a_graph_kept_hands_out_its_gradient_twice(on):
     on(H100)
     s, t, y = inputs(4, 100)

@@ -170,6 +170,17 @@ def test_half_precision_gradients_are_rounded_as_torch_rounds(dtype):
     assert same.float().mean() > 0.99  # float16 is scaled first: its subnormals may differ
 
 
+def test_a_large_class_weight_does_not_push_a_float16_gradient_out_of_range():
+    """It is scaled by what its largest entry may be, and the largest weight is part of that."""
+    s, t, y = inputs(4, 10, dtype=torch.float16)
+    weight = torch.ones(10)
+    weight[y[0]] = 2e5
+    truth = oracle(s, t, y, reduction="sum", weight=weight)[3]
+    x = s.clone().requires_grad_()
+    kd_loss(x, t, y, reduction="sum", weight=weight).backward()
+    assert (x.grad.double() - truth).norm() <= GRAD_BOUND[torch.float16] * truth.norm()
+
+
 def test_the_loss_is_accumulated_in_float32_for_half_precision():
     """A sum of 8,192 rows in fp16 or bf16 overflows or stalls (Liger-Kernel #300)."""
     for dtype in (torch.float16, torch.bfloat16):

@@ -255,6 +255,16 @@ def test_a_float16_gradient_survives_its_subnormals():
     assert (x.grad.double() / 65536 - truth).norm() <= 2.0**-11 * truth.norm()
 
 
+@interpreted
+def test_a_large_class_weight_does_not_push_a_float16_gradient_out_of_range():
+    """It is scaled by what its largest entry may be, and the largest weight is part of that."""
+    s, t, y = inputs(4, 10, dtype=torch.float16)
+    weight = torch.ones(10)
+    weight[y[0]] = 2e5
+    options = {"reduction": "sum", "weight": weight}
+    assert_close(value_and_grad(s, t, y, **options)[3], oracle(s, t, y, **options)[3])
+
+
 # --- exact cases ----------------------------------------------------------------------------------
 
 
