@@ -74,7 +74,7 @@ def find_nvcc() -> str:
 
 
 def visible_architectures() -> list[str]:
-    """Compute capabilities of this machine's GPUs, such as ["90"]."""
+    """Compute capabilities of this machine's GPUs that the kernels can run on, such as ["90"]."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
@@ -82,7 +82,8 @@ def visible_architectures() -> list[str]:
         return []
     if answer.returncode:
         return []
-    return sorted({line.strip().replace(".", "") for line in answer.stdout.splitlines() if line})
+    found = {line.strip().replace(".", "") for line in answer.stdout.splitlines()}
+    return sorted((each for each in found if each.isdigit() and int(each) >= 80), key=int)
 
 
 def cuda_architectures() -> tuple[list[str], bool]:
@@ -97,7 +98,9 @@ def cuda_architectures() -> tuple[list[str], bool]:
     named = os.environ.get("KDKERNELS_CUDA_ARCHS", "").replace(",", ";")
     visible = visible_architectures()
     if not visible and wanted != "1":
-        raise RuntimeError("no NVIDIA GPU was visible (KDKERNELS_CUDA=1 builds all the same)")
+        raise RuntimeError(
+            "no NVIDIA GPU of sm_80 or later was visible (KDKERNELS_CUDA=1 builds all the same)"
+        )
     if named:
         return [
             part.strip().removeprefix("sm_") for part in named.split(";") if part.strip()

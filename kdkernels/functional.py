@@ -203,7 +203,7 @@ def kd_loss(
             True  # autograd refuses forward mode there; elsewhere the tangent would be lost
         )
     chosen = backends.select(
-        backend, student_logits.device.type, student_logits.dtype, teacher_logits.dtype
+        backend, student_logits.device, student_logits.dtype, teacher_logits.dtype
     )
     if inplace:
         check_inplace(student_logits, teacher_logits, labels, weight)

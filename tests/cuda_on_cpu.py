@@ -66,7 +66,7 @@ class CUDAOnCPU(CUDABackend):
     def details(self):
         return "CUDA kernels on the CPU"
 
-    def why_not(self, device_type, student_dtype, teacher_dtype):
+    def why_not(self, device, student_dtype, teacher_dtype):
         return self.why_no_kernel(student_dtype, teacher_dtype)
 
     def device_and_stream(self, tensor):

@@ -36,7 +36,7 @@ SUITES = [
     Suite("", ["test_numerics.py", "test_special_values.py", "test_autograd.py"], {}, False),
 ]
 
-TRITON = "kdkernels/backends/triton_kernels.py"
+TRITON = "kdkernels/backends/triton_kernels/"
 
 # (file, what stands there, what is put in its place)
 FAULTS = [
@@ -99,7 +99,7 @@ FAULTS = [
     ("csrc/cuda/kernel.cuh", "label >= 0 && label < p.classes ? label : 0", "0"),
     ("csrc/cuda/counts.cuh", "weights += p.weight[k];", "weights += 1;"),
     ("csrc/cuda/counts.cuh", "max_weight[0] = max_nan(max_weight[0], p.weight[k]);", ""),
-    ("csrc/cuda/kernel.cuh", "(grid_blocks()) - 1", "(grid_blocks()) / 2"),
+    ("csrc/cuda/kernel.cuh", "last = count_arrival(arrivals) ==", "last = block_index() =="),
     ("csrc/cuda/kernel.cuh", "if (last) *arrivals = 0;", ""),
     ("csrc/cuda/run.cu", "plan.launch.cluster, std::min", "0, std::min"),
     # The backward: 0 * inf, a factor of 1, the pieces of long rows.
@@ -108,18 +108,18 @@ FAULTS = [
     ("csrc/cuda/scale.cuh", "if (factor == 1) continue;", ""),
     ("csrc/cuda/scale.cuh", "begin = i % pieces * kPiece", "begin = 0"),
     # Triton: the same, where it says it in its own words.
-    (TRITON, "kl == kl), float(\"inf\"), kl)", "kl == kl), kl, kl)"),
-    (TRITON, "(sums.teacher + sums.teacher_ones) * step", "0 * step"),
-    (TRITON, "tl.where(old == float(\"-inf\"), 0.0, tl.exp", "(tl.exp"),
-    (TRITON, "sums.teacher_ones - et_sure", "0 * et_sure"),
-    (TRITON, "at_sure, at_sure + f.label", "at_sure, at_sure"),
-    (TRITON, "~risk & (tile.active |", "(tile.active |"),
-    (TRITON, "asked.inplace and judged", "False and judged"),
-    (TRITON, "keep | tile.idle", "keep"),
-    (TRITON, "flag == 2", "flag > 0"),
-    (TRITON, "if not DISTILL_IGNORED:", "if False:"),
-    (TRITON, "_largest(weight, classes, WIDE, BLOCK)", "one"),
-    (TRITON, "tl.where(g == 0, g, g *", "tl.where(g != g, g, g *"),
+    (TRITON + "gradient.py", "kl == kl), float(\"inf\"), kl)", "kl == kl), kl, kl)"),
+    (TRITON + "sums.py", "(sums.teacher + sums.teacher_ones) * step", "0 * step"),
+    (TRITON + "sums.py", "tl.where(old == float(\"-inf\"), 0.0, tl.exp", "(tl.exp"),
+    (TRITON + "gradient.py", "sums.teacher_ones - et_sure", "0 * et_sure"),
+    (TRITON + "gradient.py", "at_sure, at_sure + f.label", "at_sure, at_sure"),
+    (TRITON + "rows.py", "~risk & (tile.active |", "(tile.active |"),
+    (TRITON + "rows.py", "asked.inplace and judged", "False and judged"),
+    (TRITON + "rows.py", "keep | tile.idle", "keep"),
+    (TRITON + "rows.py", "flag == 2", "flag > 0"),
+    (TRITON + "batch.py", "if not DISTILL_IGNORED:", "if False:"),
+    (TRITON + "batch.py", "_largest(weight, classes, WIDE, BLOCK)", "one"),
+    (TRITON + "batch.py", "tl.where(g == 0, g, g *", "tl.where(g != g, g, g *"),
     ("kdkernels/backends/triton.py", "grad_scale = scales[-1:]", "pass"),
     ("kdkernels/backends/triton.py", "inplace and source is not student", "False"),
 ]  # fmt: skip

@@ -530,9 +530,9 @@ def test_options_may_be_ints_and_numpy_scalars():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_none_picks_the_compiled_backend_for_cpu_tensors(dtype):
-    assert backends.select(None, "cpu", dtype, torch.float32).name == "cpu"
-    assert backends.select(None, "cpu", torch.float32, dtype).name == "cpu"
-    assert backends.select("reference", "cpu", dtype, dtype).name == "reference"
+    assert backends.select(None, torch.device("cpu"), dtype, torch.float32).name == "cpu"
+    assert backends.select(None, torch.device("cpu"), torch.float32, dtype).name == "cpu"
+    assert backends.select("reference", torch.device("cpu"), dtype, dtype).name == "reference"
 
 
 def test_other_devices_are_served_by_the_reference():

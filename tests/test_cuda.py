@@ -1,10 +1,12 @@
 """The CUDA kernels without a GPU: what they compute, run on the CPU, and what they compile to."""
 
+import functools
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_close, assert_same_bits, value_and_grad
 from cuda_on_cpu import CUDAOnCPU, build, load
 from oracle import oracle
 from test_numerics import GRAD_BOUND, check, inputs
 
 from kdkernels import _cpu, backends, kd_loss
+from kdkernels.backends.cuda import CUDABackend
 
 TESTS = Path(__file__).parent
 # What tests/native/cuda_on_cpu.h plays: with clusters and without, and both with so little shared
@@ -29,6 +33,7 @@ DEVICES = [H100, A100, SMALL_WITH_CLUSTERS, SMALL]
 # clusters of 2, 8 and 16 blocks or chunks.
 REGIMES = [10, 300, 1423, 2600, 9001, 20000]
 NAN, INF = math.nan, math.inf
+value_and_grad = functools.partial(value_and_grad, "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +55,6 @@ def on(module_path, monkeypatch):
 
     yield choose
     backends.select.cache_clear()
-
-
-def value_and_grad(s, t, y=None, incoming=None, **options):
-    x = s.detach().requires_grad_()
-    terms = kd_loss(x, t, y, return_terms=True, backend="cuda", **options)
-    incoming = torch.ones_like(terms.loss) if incoming is None else incoming
-    (grad,) = torch.autograd.grad(terms.loss, x, incoming)
-    return *(term.detach() for term in terms), grad
-
-
-def assert_same_bits(got, expected):
-    for x, y in zip(got, expected, strict=True):
-        assert torch.equal(x, y)
-
-
-def assert_close(grad, truth):
-    error = (grad.double() - truth).norm()
-    assert error <= GRAD_BOUND[grad.dtype] * truth.norm() + 1e-30
 
 
 # ---- what they compute --------------------------------------------------------------------------
@@ -308,31 +295,84 @@ def test_cuda_then_triton_then_the_reference_with_one_warning(monkeypatch):
         def __init__(self, name, reason):
             self.name, self.reason = name, reason
 
-        def why_not(self, device_type, student_dtype, teacher_dtype):
+        def why_not(self, device, student_dtype, teacher_dtype):
             return self.reason
 
     def choose(cuda, triton):
         monkeypatch.setitem(backends.BACKENDS, "cuda", Other("cuda", cuda))
         monkeypatch.setitem(backends.BACKENDS, "triton", Other("triton", triton))
         backends.select.cache_clear()
-        return backends.select(None, "cuda", torch.float32, torch.float32).name
+        return backends.select(None, torch.device("cuda", 0), torch.float32, torch.float32).name
 
     assert choose(None, None) == "cuda"
     assert choose("not built", None) == "triton"  # and no warning, which would be an error here
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert choose("not built", "no driver") == "reference"
-        backends.select(None, "cuda", torch.float32, torch.float32)
+        backends.select(None, torch.device("cuda", 0), torch.float32, torch.float32)
     assert len(caught) == 1
     assert re.search("not built.*no driver", str(caught[0].message))
     backends.select.cache_clear()
+
+
+def test_the_gpu_of_the_logits_is_asked_and_no_other(monkeypatch):
+    """Asking makes a context, which takes hundreds of megabytes of a GPU that is another's."""
+    asked = []
+
+    class Module:
+        architectures = "sm_90"
+
+        @staticmethod
+        def why_not(index):
+            asked.append(index)
+            return "" if index == 1 else "no kernel image"
+
+    backend = CUDABackend()
+    monkeypatch.setattr(backend, "module", Module)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, index))
+    kinds = torch.float32, torch.float32
+    assert backend.why_not(torch.device("cuda", 1), *kinds) is None
+    assert asked == [1]
+    reason = backend.why_not(torch.device("cuda", 2), *kinds)
+    assert reason == "built for sm_90, and this GPU is sm_82: no kernel image"
+    assert asked == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("visible", "environment", "expected"),
+    [
+        (["7.5", "12.0", "9.0", "9.0"], {}, (["90", "120"], False)),
+        (["7.5"], {"KDKERNELS_CUDA": "1"}, (["80", "90"], True)),
+        (["9.0"], {"KDKERNELS_CUDA_ARCHS": "sm_80, 100"}, (["80", "100"], False)),
+        (["7.5"], {}, "sm_80 or later was visible"),
+        (["9.0"], {"KDKERNELS_CUDA": "0"}, "KDKERNELS_CUDA=0"),
+    ],
+)
+def test_what_the_kernels_are_built_for(monkeypatch, tmp_path, visible, environment, expected):
+    listing = tmp_path / "nvidia-smi"  # in the place of one that might find a GPU
+    listing.write_text("#!/bin/sh\n" + "".join(f"echo {each}\n" for each in visible))
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    architectures = runpy.run_path(str(TESTS.parent / "setup.py"))["cuda_architectures"]
+    if isinstance(expected, str):
+        with pytest.raises(RuntimeError, match=expected):
+            architectures()
+    else:
+        assert architectures() == expected
 
 
 def test_info_says_why_there_is_no_cuda(capsys):
     from kdkernels.__main__ import main
 
     if backends.BACKENDS["cuda"].unavailable() is None:
-        pytest.skip("there is")
+        pytest.skip("there is CUDA, on a GPU")
     main(["info"])
     assert re.search(r"cuda +no +\S+", capsys.readouterr().out)
 
@@ -401,7 +441,7 @@ def test_the_cuda_build_names_no_library_of_torch():
     """Nothing to do for a GPU here: what the CPU's module promises holds for this one, if built."""
     path = Path(_cpu.__file__).with_name(Path(_cpu.__file__).name.replace("_cpu", "_cuda"))
     if not path.exists():
-        pytest.skip("not built")
+        pytest.skip("without KDKERNELS_CUDA=1 or a GPU it is not built")
     binary = path.read_bytes()
     for library in (b"libtorch", b"libc10", b"libcudart.so"):
         assert library not in binary

@@ -6,6 +6,7 @@ runs in a process of its own, which ``test_under_the_interpreter`` starts. To se
 ``TRITON_INTERPRET=1 pytest tests/test_triton.py -k name``.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -17,12 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from comparing import assert_close, assert_same_bits, value_and_grad
 from oracle import oracle
 from test_numerics import GRAD_BOUND, LOSS_BOUND, check, inputs
 
 from kdkernels import backends, kd_loss
 
 INF, NAN = math.inf, math.nan
+value_and_grad = functools.partial(value_and_grad, "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in a process of its own, by test_under_the_interpreter"
@@ -36,7 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 DTYPES = list(GRAD_BOUND)
 REDUCTIONS = ["mean", "sum", "none"]
 # A tile of several rows, 1 to 64 classes; a warp to a row, to 256; a row in registers, to 4096;
-# blocks of 2048 from there on. In double: a tile to 64, blocks of 1024 from there on.
+# blocks of 1024 from there on. In double: tiles of several to 64, then blocks of 1024, or of 512
+# where a row is done again.
 SIZES = [1, 2, 3, 10, 64, 65, 100, 257, 1000, 1423, 4096, 4097, 6145]
 ONE_OF_EACH = [10, 100, 1423, 5000]
 one_of_each = pytest.mark.parametrize("classes", ONE_OF_EACH)
@@ -57,26 +61,6 @@ def bfloat16_rounds_as_on_a_gpu(monkeypatch):
         return TensorHandle(rounded.numpy(), tl.bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_and_round)
-
-
-def value_and_grad(s, t, y=None, incoming=None, **options):
-    """Loss, both terms and the gradient."""
-    x = s.detach().requires_grad_()
-    terms = kd_loss(x, t, y, return_terms=True, backend="triton", **options)
-    incoming = torch.ones_like(terms.loss) if incoming is None else incoming
-    (grad,) = torch.autograd.grad(terms.loss, x, incoming)
-    return *(term.detach() for term in terms), grad
-
-
-def assert_same_bits(got, expected):
-    for x, y in zip(got, expected, strict=True):
-        assert x.shape == y.shape
-        assert torch.equal(x, y)
-
-
-def assert_close(grad, truth):
-    error = (grad.double() - truth).norm()
-    assert error <= GRAD_BOUND[grad.dtype] * truth.norm() + 1e-30
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -655,8 +639,8 @@ def test_the_interpreter_says_that_it_is_one_and_is_only_taken_by_name():
     backend = backends.BACKENDS["triton"]
     assert backend.unavailable() is None
     assert "interpreter" in backend.details()
-    assert "TRITON_INTERPRET" in backend.why_not("cuda", torch.float32, torch.float32)
-    assert backends.select(None, "cpu", torch.float32, torch.float32).name == "cpu"
+    assert "TRITON_INTERPRET" in backend.why_not(torch.device("cuda"), torch.float32, torch.float32)
+    assert backends.select(None, torch.device("cpu"), torch.float32, torch.float32).name == "cpu"
 
 
 def run_python(script, *arguments, **environment):
@@ -694,8 +678,9 @@ def test_an_installed_triton_is_not_enough_without_a_gpu():
         pytest.skip("there is a GPU")
     reason = run_python(
         "from kdkernels.backends.triton import TritonBackend\n"
-        "import torch; kind = torch.float32\n"
-        "print(TritonBackend().unavailable(), TritonBackend().why_not('cuda', kind, kind))"
+        "import torch; kinds = torch.float32, torch.float32\n"
+        "print(TritonBackend().unavailable())\n"
+        "print(TritonBackend().why_not(torch.device('cuda'), *kinds))"
     )
     assert reason.count("finds no GPU") == 2
 

@@ -258,7 +258,6 @@ static __device__ unsigned zero_counters[4096];
 // one, as its launches follow one another. A graph may be replayed on any stream: there, and for
 // streams beyond the 4096th, the counter is memory of the call, cleared on the stream.
 inline unsigned* zero_counter(int device, void* stream, unsigned* memory_of_the_call) {
-  constexpr size_t kCounters = sizeof(zero_counters) / sizeof(unsigned);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   cudaStreamCaptureStatus capturing;
   check(cudaStreamIsCapturing(s, &capturing), "cudaStreamIsCapturing");
@@ -266,20 +265,14 @@ inline unsigned* zero_counter(int device, void* stream, unsigned* memory_of_the_
     unsigned long long id = 0;
     check(cudaStreamGetId(s, &id), "cudaStreamGetId");
     static std::mutex mutex;
-    static std::map<std::pair<int, unsigned long long>, size_t> known;
-    size_t index = kCounters;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      const auto found = known.find({device, id});
-      if (found != known.end())
-        index = found->second;
-      else if (known.size() < kCounters)
-        index = known.emplace(std::make_pair(device, id), known.size()).first->second;
-    }
-    if (index < kCounters) {
-      void* counters = nullptr;
-      check(cudaGetSymbolAddress(&counters, zero_counters), "the counters of the reductions");
-      return static_cast<unsigned*>(counters) + index;
+    static std::map<std::pair<int, unsigned long long>, unsigned*> counters;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = counters.find({device, id});
+    if (found != counters.end()) return found->second;
+    if (counters.size() < sizeof(zero_counters) / sizeof(unsigned)) {
+      void* first = nullptr;
+      check(cudaGetSymbolAddress(&first, zero_counters), "the counters of the reductions");
+      return counters[{device, id}] = static_cast<unsigned*>(first) + counters.size();
     }
   }
   check(cudaMemsetAsync(memory_of_the_call, 0, sizeof(unsigned), s), "cudaMemsetAsync");

@@ -3,11 +3,8 @@
 #pragma once
 #include <type_traits>
 
+#include "machine.cuh"
 #include "problem.cuh"
-#ifndef KD_DEVICE_HEADER
-#define KD_DEVICE_HEADER "device.cuh"
-#endif
-#include KD_DEVICE_HEADER
 
 namespace {
 

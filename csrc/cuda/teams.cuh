@@ -2,10 +2,7 @@
 // team adds up over its threads, always in the same order, and lets one of its warps draw the
 // conclusion, as logarithms and divisions in double are dear.
 #pragma once
-#ifndef KD_DEVICE_HEADER
-#define KD_DEVICE_HEADER "device.cuh"
-#endif
-#include KD_DEVICE_HEADER
+#include "machine.cuh"
 
 namespace {
 

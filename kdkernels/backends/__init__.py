@@ -26,7 +26,7 @@ NAMES = tuple(BACKENDS)
 
 @functools.lru_cache(maxsize=256)
 def select(
-    name: str | None, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    name: str | None, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> Backend:
     """The named backend, or the best one, for logits of this device and these dtypes.
 
@@ -34,13 +34,13 @@ def select(
         RuntimeError: the named backend cannot run, with the reason.
     """
     if name is not None:
-        reason = BACKENDS[name].why_not(device_type, student_dtype, teacher_dtype)
+        reason = BACKENDS[name].why_not(device, student_dtype, teacher_dtype)
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return BACKENDS[name]
     reasons: list[str] = []  # of the backends that were made for this device
     for backend in BACKENDS.values():
-        reason = backend.why_not(device_type, student_dtype, teacher_dtype)
+        reason = backend.why_not(device, student_dtype, teacher_dtype)
         if reason is None:
             if reasons and backend.name == "reference":  # select is cached: the warning comes once
                 warnings.warn(
@@ -49,7 +49,7 @@ def select(
                     stacklevel=3,
                 )
             return backend
-        if device_type in backend.device_types:
+        if device.type in backend.device_types:
             reasons.append(f"backend {backend.name!r} cannot run: {reason}")
     raise AssertionError("the reference serves every device and dtype")
 

@@ -68,7 +68,7 @@ class Backend(Protocol):
         """What was found, for ``python -m kdkernels info``."""
 
     def why_not(
-        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
         """Why this backend cannot serve such logits; None if it can."""
 

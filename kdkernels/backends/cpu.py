@@ -40,10 +40,10 @@ class CPUBackend:
         return f"compiled C++, {_cpu.instruction_set()}, {threads}"
 
     def why_not(
-        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
-        if device_type != "cpu":
-            return f"it serves CPU tensors, and these are on {device_type}"
+        if device.type != "cpu":
+            return f"it serves CPU tensors, and these are on {device.type}"
         if _cpu is None:
             return self.unavailable()
         for dtype in (student_dtype, teacher_dtype):

@@ -36,15 +36,20 @@ class CUDABackend:
     module: Any = _cuda
 
     def unavailable(self) -> str | None:
+        return self.why_not_on(None)
+
+    def why_not_on(self, index: int | None) -> str | None:
+        """Of one GPU: to ask another would take its memory. None is the current one."""
         if torch.version.hip is not None:
             return "it is CUDA C++; on AMD GPUs the triton backend serves"
         if self.module is None:
             return why_not_built("cuda", _import_error)
         if not torch.cuda.is_available():
             return "no CUDA GPU is visible to torch"
-        reason: str = self.module.why_not(torch.cuda.current_device())
+        index = torch.cuda.current_device() if index is None else index
+        reason: str = self.module.why_not(index)
         if reason:
-            major, minor = torch.cuda.get_device_capability()
+            major, minor = torch.cuda.get_device_capability(index)
             built = self.module.architectures
             return f"built for {built}, and this GPU is sm_{major}{minor}: {reason}"
         return None
@@ -55,11 +60,11 @@ class CUDABackend:
         )
 
     def why_not(
-        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
-        if device_type != "cuda":
-            return f"it serves CUDA tensors, and these are on {device_type}"
-        return self.unavailable() or self.why_no_kernel(student_dtype, teacher_dtype)
+        if device.type != "cuda":
+            return f"it serves CUDA tensors, and these are on {device.type}"
+        return self.why_not_on(device.index) or self.why_no_kernel(student_dtype, teacher_dtype)
 
     def why_no_kernel(self, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> str | None:
         """Why there is no kernel for these dtypes; None if there is."""

@@ -26,7 +26,7 @@ class ReferenceBackend:
         return f"pure PyTorch {torch.__version__}, any device and dtype"
 
     def why_not(
-        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
         return None
 

@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA, AMD and Intel GPUs, without a compiler at installation.
 
-Launches ``triton_kernels.py``, which is imported when it is first needed: Triton is optional, and
+Launches ``triton_kernels``, which is imported when it is first needed: Triton is optional, and
 takes its time. Nothing here makes the host wait for the device, unless ``KDKERNELS_CHECK_LABELS=1``
 asks for a look at the labels.
 """
@@ -71,7 +71,7 @@ REGIMES = (
     Regime(math.inf, 1024, False, 8),
 )
 # In double, which takes twice the registers: float64 logits, and rows that are done again, which
-# come one at a time.
+# come one at a time: those of up to 128 classes in pieces of 64, a class to a thread.
 DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 1024, False, 4))
 AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 512, False, 4))
 
@@ -193,20 +193,20 @@ class TritonBackend:
         return f"Triton {triton.__version__}, {target.backend} {target.arch}"
 
     def why_not(
-        self, device_type: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
         if _interpreted():
-            if device_type != "cpu":
-                return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {device_type}"
-        elif device_type not in DEVICE_TYPES:
-            return f"it serves GPU tensors, and these are on {device_type}"
+            if device.type != "cpu":
+                return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {device.type}"
+        elif device.type not in DEVICE_TYPES:
+            return f"it serves GPU tensors, and these are on {device.type}"
         reason = _why_no_device()
         if reason is not None:
             return reason
         for dtype in (student_dtype, teacher_dtype):
             if dtype not in DTYPES:
                 return f"it has no kernel for {dtype}"
-            if dtype == torch.float64 and not _has_double(device_type, None):
+            if dtype == torch.float64 and not _has_double(device.type, device.index):
                 return "the GPU has no float64"
         return None
 
@@ -336,7 +336,7 @@ class _Launch:
         return parts, -(-self.count // parts)
 
     def scales(self, want_grad: bool) -> Tensor:
-        """The numbers that ``triton_kernels.py`` lists; the last scales the gradient."""
+        """The numbers that ``triton_kernels/state.py`` lists; the last scales the gradient."""
         kernels, options, wide = _kernels(), self.options, _wide(self.has_double)
         mean = options.reduction == "mean"
         counts = None

@@ -160,7 +160,7 @@ def save_metrics(
     path: Path, settings: Settings, splits: Splits, outcomes: Sequence[Outcome]
 ) -> None:
     """Write everything that was measured, and with what, as JSON."""
-    backend = backends.select(None, "cpu", torch.float32, torch.float32).name
+    backend = backends.select(None, torch.device("cpu"), torch.float32, torch.float32).name
     metrics = {
         "settings": asdict(settings),
         "split": {name: len(part) for name, part in splits._asdict().items()},
