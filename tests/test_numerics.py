@@ -181,6 +181,17 @@ def test_a_large_class_weight_does_not_push_a_float16_gradient_out_of_range():
     assert (x.grad.double() - truth).norm() <= GRAD_BOUND[torch.float16] * truth.norm()
 
 
+@pytest.mark.parametrize("classes", [10, 300, 3000])
+def test_asking_for_a_gradient_leaves_the_loss_alone(classes):
+    """Not one bit of it, where the gradient alone has to be done again in double."""
+    s, t, _ = inputs(4, classes)
+    near = s + 1e-3 * t
+    options = {"alpha": 1.0, "temperature": 1.0, "reduction": "none"}
+    with torch.no_grad():
+        alone = kd_loss(near, s, **options)
+    assert torch.equal(kd_loss(near.requires_grad_(), s, **options).detach(), alone)
+
+
 def test_the_loss_is_accumulated_in_float32_for_half_precision():
     """A sum of 8,192 rows in fp16 or bf16 overflows or stalls (Liger-Kernel #300)."""
     for dtype in (torch.float16, torch.bfloat16):

@@ -240,6 +240,18 @@ def test_a_float16_gradient_survives_its_subnormals():
 
 
 @interpreted
+@pytest.mark.parametrize("classes", [10, 300, 3000])
+def test_asking_for_a_gradient_leaves_the_loss_alone(classes):
+    """Not one bit of it, where the gradient alone has to be done again in double."""
+    s, t, _ = inputs(4, classes)
+    near = s + 1e-3 * t
+    options = {"alpha": 1.0, "temperature": 1.0, "reduction": "none", "backend": "triton"}
+    with torch.no_grad():
+        alone = kd_loss(near, s, **options)
+    assert torch.equal(kd_loss(near.requires_grad_(), s, **options).detach(), alone)
+
+
+@interpreted
 def test_a_large_class_weight_does_not_push_a_float16_gradient_out_of_range():
     """It is scaled by what its largest entry may be, and the largest weight is part of that."""
     s, t, y = inputs(4, 10, dtype=torch.float16)
