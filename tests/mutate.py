@@ -92,7 +92,7 @@ FAULTS = [
     ("csrc/cuda/rows.cuh", "(chunk > 0 || sizeof(Real) == 8)", "chunk > 0"),
     ("csrc/cuda/rows.cuh", "attempt<InDouble>(again);", "again = terms;"),
     ("csrc/cuda/rows.cuh", "if (good == kNothing) terms = again;", "terms = again;"),
-    ("csrc/cuda/rows.cuh", "kFast ? 0x1p-22 : kEpsilon", "kEpsilon"),
+    ("csrc/cuda/rows.cuh", "kFast ? 0x1p-22 : kEpsilon", "kFast ? 0 : kEpsilon"),
     ("csrc/cuda/rows.cuh", "if (grad) write_zeros();", ""),
     # What the means divide by, class weights, and who adds up.
     ("csrc/cuda/kernel.cuh", "if (hard || p.distill_ignored) sums[0]", "sums[0]"),

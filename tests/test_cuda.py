@@ -33,6 +33,7 @@ DEVICES = [H100, A100, SMALL_WITH_CLUSTERS, SMALL]
 # clusters of 2, 8 and 16 blocks or chunks.
 REGIMES = [10, 300, 1423, 2600, 9001, 20000]
 NAN, INF = math.nan, math.inf
+LIFT = torch.tensor(2.0**24)  # float16's gradients out of its subnormals
 value_and_grad = functools.partial(value_and_grad, "cuda")
 
 
@@ -102,6 +103,19 @@ def test_rows_done_again_in_double(on, device, classes):
     logits = x * 1
     kd_loss(logits, s, alpha=1.0, temperature=1.0, inplace=True, backend="cuda").backward()
     assert_close(x.grad, oracle(near, s, alpha=1.0, temperature=1.0)[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", REGIMES[:2])
+def test_the_special_function_unit_is_not_trusted_with_small_differences(on, classes, dtype):
+    """Logits near 0 are fine enough to differ by less than its error is multiplied by."""
+    on(H100)
+    t = inputs(3, classes, 0.002, dtype)[0]
+    s = (t.float() * (1 + 2.0**-7)).to(dtype)
+    for temperature in (1.0, 2.0):
+        truth = oracle(s, t, alpha=1.0, temperature=temperature)[3]
+        grad = value_and_grad(s, t, None, LIFT, alpha=1.0, temperature=temperature)[3]
+        assert_close(grad, LIFT * truth)
 
 
 @pytest.mark.parametrize("device", [H100, SMALL_WITH_CLUSTERS, SMALL])

@@ -57,7 +57,9 @@ struct Shim {
   Fibre* current;
   jmp_buf scheduler;
   const std::function<void()>* kernel;
-  bool last_first;  // in which order clusters run is nobody's promise
+  // In which order clusters run, and how far warps run ahead, is nobody's promise.
+  bool last_first, far_ahead;
+  uint64_t passed;  // barriers
 };
 inline Shim shim;
 
@@ -70,6 +72,7 @@ inline void wait_at(Barrier& barrier) {
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
+    ++shim.passed;
     return;
   }
   while (barrier.generation == generation) yield();
@@ -78,6 +81,43 @@ inline void fibre_main() {
   (*shim.kernel)();
   shim.current->finished = true;
   _longjmp(shim.scheduler, 1);
+}
+
+// Runs each of these fibres up to the next barrier that is closed; false if all are finished.
+inline bool take_turns(int begin, int end) {
+  volatile bool busy = false;
+  for (volatile int i = begin; i < end; i = i + 1) {
+    Fibre& fibre = shim.fibres[i];
+    if (fibre.finished) continue;
+    busy = true;
+    shim.current = &fibre;
+    if (_setjmp(shim.scheduler)) continue;
+    if (fibre.started) _longjmp(fibre.at, 1);
+    fibre.started = true;
+    setcontext(&fibre.first);
+  }
+  return busy;
+}
+// Each warp, and within a cluster each block, as far as it gets before any other runs: what is
+// written too early overwrites what the others have not read yet.
+inline void run_ahead(int fibres) {
+  const int threads = shim.block_threads, blocks = fibres / threads;
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (int block = blocks - 1; block >= 0; --block) {
+      const int first = block * threads;
+      for (uint64_t passed = ~0ull; passed != shim.passed;) {
+        passed = shim.passed;
+        for (int warp = (threads - 1) / 32; warp >= 0; --warp) {
+          const int begin = first + 32 * warp, end = first + std::min(threads, 32 * warp + 32);
+          for (uint64_t before = ~0ull; before != shim.passed;) {
+            before = shim.passed;
+            busy |= take_turns(begin, end);
+          }
+        }
+      }
+    }
+  }
 }
 
 // One cluster: all of its threads take turns until none is left.
@@ -107,19 +147,11 @@ inline void run_cluster(int first_block, size_t shared_bytes, char* stacks, size
       makecontext(&fibre.first, fibre_main, 0);
     }
   }
-  for (volatile bool busy = true; busy;) {
-    busy = false;
-    for (volatile int i = 0; i < fibres; i = i + 1) {
-      Fibre& fibre = shim.fibres[i];
-      if (fibre.finished) continue;
-      busy = true;
-      shim.current = &fibre;
-      if (_setjmp(shim.scheduler)) continue;
-      if (fibre.started) _longjmp(fibre.at, 1);
-      fibre.started = true;
-      setcontext(&fibre.first);
+  if (shim.far_ahead)
+    run_ahead(fibres);
+  else
+    while (take_turns(0, fibres)) {
     }
-  }
 }
 
 // ---- threads ------------------------------------------------------------------------------------
@@ -247,7 +279,10 @@ void write_vector(E* to, const Real (&values)[kWidth]) {
 
 class OnDevice {
  public:
-  explicit OnDevice(int device) { shim.last_first = device % 2 == 1; }
+  explicit OnDevice(int device) {
+    shim.last_first = device % 2 == 1;
+    shim.far_ahead = device >= 2;
+  }
 };
 
 struct DeviceLimits {
