@@ -1,7 +1,15 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and the run that goes on beside them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+INTERPRETER = pytest.StashKey[subprocess.Popen]()
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +19,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_finish(session):
+    """Triton's interpreter takes minutes of one core: it starts with the first test."""
+    config = session.config
+    asked_for = any(item.name == "test_under_the_interpreter" for item in session.items)
+    if not asked_for or config.option.collectonly or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if importlib.util.find_spec("triton") is None:
+        return
+    tests = Path(__file__).parent / "test_triton.py"
+    config.stash[INTERPRETER] = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,  # a few kilobytes at most, which a pipe holds
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def interpreter_run(pytestconfig):
+    return pytestconfig.stash[INTERPRETER]
+
+
+def pytest_unconfigure(config):
+    if process := config.stash.get(INTERPRETER, None):
+        process.kill()

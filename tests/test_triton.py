@@ -2,8 +2,8 @@
 to, ahead of time.
 
 The interpreter has to be chosen before Triton is imported, so everything marked ``interpreted``
-runs in a process of its own, which ``test_under_the_interpreter`` starts. To see one of them alone:
-``TRITON_INTERPRET=1 pytest tests/test_triton.py -k name``.
+runs in a process of its own, which conftest.py starts and ``test_under_the_interpreter`` waits for.
+To see one of them alone: ``TRITON_INTERPRET=1 pytest tests/test_triton.py -k name``.
 """
 
 import functools
@@ -698,16 +698,10 @@ def test_an_installed_triton_is_not_enough_without_a_gpu():
 
 
 @compiled
-def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    print(done.stdout[-300:])
+def test_under_the_interpreter(interpreter_run):
+    output, _ = interpreter_run.communicate(timeout=900)
+    assert interpreter_run.returncode == 0, output[-5000:]
+    print(output[-300:])
 
 
 # --- what it compiles to --------------------------------------------------------------------------

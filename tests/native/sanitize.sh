@@ -15,17 +15,19 @@ compile() { # source, flags of its own
 sets=portable
 if [ "$(uname -m)" = x86_64 ]; then
   flags="$flags -DKD_X86_SETS"
-  compile csrc/cpu/rows_avx2.cpp "-mavx2 -mfma"
-  compile csrc/cpu/rows_avx512.cpp "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"
+  compile csrc/cpu/rows_avx2.cpp "-mavx2 -mfma" &
+  compile csrc/cpu/rows_avx512.cpp "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma" &
   for set in avx2 avx512f; do
     if grep -qw "$set" /proc/cpuinfo; then sets="$sets ${set%f}"; fi
   done
 fi
 for source in csrc/cpu/run.cpp csrc/cpu/parallel.cpp csrc/cpu/rows_portable.cpp \
-              tests/native/test_rows.cpp; do compile "$source"; done
+              tests/native/test_rows.cpp; do compile "$source" & done
+for job in $(jobs -p); do wait "$job"; done
 # -lgomp: in a Python process torch brings the OpenMP runtime, here nobody else does.
 $cxx -fsanitize=address,undefined "$build"/*.o -Wl,--no-as-needed -lgomp -ldl -lpthread \
   -o "$build/test_rows"
 for set in $sets; do
-  KDKERNELS_CPU=$set UBSAN_OPTIONS=print_stacktrace=1 "$build/test_rows"
+  KDKERNELS_CPU=$set UBSAN_OPTIONS=print_stacktrace=1 "$build/test_rows" &
 done
+for job in $(jobs -p); do wait "$job"; done
