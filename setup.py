@@ -66,11 +66,12 @@ def find_ninja() -> str:
 
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("NVCC"), home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
+    named = os.environ.get("NVCC")
+    candidates = [named] if named else [home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
     for candidate in filter(None, candidates):
         if found := shutil.which(candidate):
             return found
-    raise RuntimeError("no nvcc found (on the PATH, in CUDA_HOME, or named by NVCC)")
+    raise RuntimeError(f"no nvcc found ({named or 'on the PATH, in CUDA_HOME, or named by NVCC'})")
 
 
 def visible_architectures() -> list[str]:

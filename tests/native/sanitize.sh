@@ -9,25 +9,32 @@ cxx=${CXX:-c++}
 flags="-std=c++17 -O1 -g -fno-omit-frame-pointer -Wno-psabi -Icsrc
        -fsanitize=address,undefined -fno-sanitize-recover=all"
 
+jobs=()
 compile() { # source, flags of its own
-  $cxx $flags ${2:-} -c "$1" -o "$build/$(basename "$1" .cpp).o"
+  $cxx $flags ${2:-} -c "$1" -o "$build/$(basename "$1" .cpp).o" &
+  jobs+=($!)
+}
+wait_for_all() { # fails with the first that failed
+  for job in "${jobs[@]}"; do wait "$job"; done
+  jobs=()
 }
 sets=portable
 if [ "$(uname -m)" = x86_64 ]; then
   flags="$flags -DKD_X86_SETS"
-  compile csrc/cpu/rows_avx2.cpp "-mavx2 -mfma" &
-  compile csrc/cpu/rows_avx512.cpp "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma" &
+  compile csrc/cpu/rows_avx2.cpp "-mavx2 -mfma"
+  compile csrc/cpu/rows_avx512.cpp "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"
   for set in avx2 avx512f; do
     if grep -qw "$set" /proc/cpuinfo; then sets="$sets ${set%f}"; fi
   done
 fi
 for source in csrc/cpu/run.cpp csrc/cpu/parallel.cpp csrc/cpu/rows_portable.cpp \
-              tests/native/test_rows.cpp; do compile "$source" & done
-for job in $(jobs -p); do wait "$job"; done
+              tests/native/test_rows.cpp; do compile "$source"; done
+wait_for_all
 # -lgomp: in a Python process torch brings the OpenMP runtime, here nobody else does.
 $cxx -fsanitize=address,undefined "$build"/*.o -Wl,--no-as-needed -lgomp -ldl -lpthread \
   -o "$build/test_rows"
 for set in $sets; do
   KDKERNELS_CPU=$set UBSAN_OPTIONS=print_stacktrace=1 "$build/test_rows" &
+  jobs+=($!)
 done
-for job in $(jobs -p); do wait "$job"; done
+wait_for_all
