@@ -6,6 +6,7 @@ struct KdProblem : KdLoss {
   // Filled in by kd_run before the rows are visited.
   KdScales scales;
   bool in_double;  // one of the inputs is float64
+  bool stream;     // the gradient is too large to be found in the caches by whoever reads it
   double* soft;    // [rows] T^2 KL
   double* hard;    // [rows] cross entropy
 };

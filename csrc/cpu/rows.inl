@@ -1,7 +1,8 @@
 // The fused kernel: temperature softmax of both rows, KL divergence and cross entropy, and the
 // gradient. Sweep 1 collects the row's statistics and leaves the exponentials in scratch (the
 // student's in the gradient row itself where that is of the same type); sweep 2 only rescales them.
-// Beside the gradient only a thread's scratch rows are written, which stay in its cache.
+// Beside the gradient only a thread's scratch rows are written, which stay in its cache; a large
+// gradient goes past the caches, and then the student's exponentials are in scratch, too.
 //
 // This source is compiled once per instruction set by the two-line files beside it. All of it has
 // internal linkage, but for the one entry point: an inline function shared by the linker could
@@ -22,20 +23,26 @@ namespace {
 
 #include "vectors.inl"
 
+#include "elements.inl"
+
 #include "sweeps.inl"
 
-// ---- one row -----------------------------------------------------------------------------------
+// Of an exponential: without FMA the products of the polynomial are rounded, too.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr double kError = kEpsilon;
+#else
+constexpr double kError = 2 * kEpsilon;
+#endif
 
-inline int64_t element_size(KdDtype dtype) {
-  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
-}
+// ---- one row -----------------------------------------------------------------------------------
 
 // Sweep 2 with the entries that cancel put in; false, and in place nothing is lost, if float32 was
 // not enough.
 template <typename Real, int P>
-bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
-                    const Scratch<Real>& scratch, char* grad, bool deferred, int64_t label) {
+bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f,
+                    const Place<Real>& place, const Scratch<Real>& scratch, int64_t label) {
   const bool hard = P != kNoCrossEntropy;
+  Real* const es = place.es;
   const Sure sure = sure_class<Real, P>(p, sums, es, scratch);
   Entry entries[] = {label_entry<Real, P>(p, sums, f, es, scratch, label), {sure.index, 0}};
   if (sure.index >= 0) entries[1].gradient = sure_gradient(p, f, sure, hard, label);
@@ -49,12 +56,12 @@ bool write_gradient(const KdProblem& p, const Sums<Real>& sums, const Factors& f
     const double smooth = f.smooth * (p.weight ? p.weight[e.index] : 1.0);
     squares += e.gradient * e.gradient - smooth * smooth;
   }
-  squares += sweep2<Real, P>(p, sums, f, es, scratch, grad, deferred);
-  if (!gradient_is_exact(p, sums, f, hard, sure, squares, kEpsilon)) return false;
-  if (deferred) store_block(es, p.classes, p.student_dtype, grad, 0);
+  squares += sweep2<Real, P>(p, sums, f, place, scratch);
+  if (!gradient_is_exact(p, sums, f, hard, sure, squares, kError)) return false;
+  if (place.later) store_block(es, p.classes, p.student_dtype, place.grad, 0, false);
   for (const Entry& e : entries) {
     const Real value = (Real)e.gradient;
-    if (e.index >= 0) store_block(&value, 1, p.student_dtype, grad, e.index);
+    if (e.index >= 0) store_block(&value, 1, p.student_dtype, place.grad, e.index, false);
   }
   return true;
 }
@@ -74,16 +81,24 @@ Good row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   const int64_t label = hard ? p.label(i) : -1;
   const double at_label = hard ? (double)load_one<Real>(student, p.student_dtype, label) : 0;
 
-  // The student's exponentials go where the gradient will be, if the type allows, and unless the
-  // row might have to be read again.
-  const bool deferred = sizeof(Real) == 4 && p.grad == p.student;
-  Real* es = grad && !deferred && width == sizeof(Real) ? (Real*)grad : scratch.student;
-  const Sums<Real> sums = grad ? sweep1<Real, P, true>(p, student, teacher, es, scratch)
-                               : sweep1<Real, P, false>(p, student, teacher, es, scratch);
+  Place<Real> place = {scratch.student, grad, false, false, false};
+  if (grad) {
+    place.later = sizeof(Real) == 4 && p.grad == p.student;
+    place.direct = !place.later && width == sizeof(Real);
+    place.stream = !place.later && p.stream && can_stream(grad);
+    // The exponentials are left where the gradient will be, if they may.
+    if (place.direct && !place.stream) place.es = (Real*)grad;
+  }
+  const int64_t next = i + 1 < p.rows ? i + 1 : i;
+  const char* next_student = (const char*)p.student + p.student_rows.start(next) * width;
+  const char* next_teacher =
+      (const char*)p.teacher + p.teacher_rows.start(next) * element_size(p.teacher_dtype);
+  const auto sweep = grad ? sweep1<Real, P, true> : sweep1<Real, P, false>;
+  const Sums<Real> sums = sweep(p, student, teacher, next_student, next_teacher, place.es, scratch);
   Factors f = {};
   if (soft && p.want_soft) {
     p.soft[i] = soft_loss(p, sums);
-    if (!loss_is_exact(p, sums, p.soft[i], kEpsilon)) return kNothing;
+    if (!loss_is_exact(p, sums, p.soft[i], kError)) return kNothing;
   }
   if (soft && p.alpha > 0) soft_factors(p.scales, sums, f);
   if (hard) p.hard[i] = hard_loss(p, p.scales, sums, label, at_label, f);
@@ -91,7 +106,7 @@ Good row(const KdProblem& p, int64_t i, const Scratch<Real>& scratch) {
   // A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
   const auto write = P != kNoCrossEntropy && p.alpha == 1 ? write_gradient<Real, kNoCrossEntropy>
                                                           : write_gradient<Real, P>;
-  return write(p, sums, f, es, scratch, grad, deferred, label) ? kAll : kLoss;
+  return write(p, sums, f, place, scratch, label) ? kAll : kLoss;
 }
 
 template <typename Real>
@@ -140,4 +155,5 @@ extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* s
     // A gradient done again leaves the loss alone: asking for one does not change the other.
     if (good == kLoss) p.soft[i] = soft, p.hard[i] = hard;
   }
+  if (p.stream) finish_streams();
 }

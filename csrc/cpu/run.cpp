@@ -76,13 +76,20 @@ double max_weight(const KdProblem& p) {
   return p.weight && p.classes ? *std::max_element(p.weight, p.weight + p.classes) : 1;
 }
 
+// From here on a gradient is written past the caches: see benchmarks/NOTES.md.
+constexpr int64_t kStreamBytes = int64_t{1} << 22;
+
+int64_t gradient_bytes(const KdProblem& p) {
+  const int64_t width = p.student_dtype == kFloat64 ? 8 : p.student_dtype == kFloat32 ? 4 : 2;
+  return p.rows * p.classes * width;
+}
+
 // First touch of a large fresh gradient costs more in page faults than its arithmetic.
 void ask_for_huge_pages(const KdProblem& p) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const int64_t width = p.student_dtype == kFloat64 ? 8 : p.student_dtype == kFloat32 ? 4 : 2;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p.grad);
-  const uintptr_t end = begin + static_cast<uintptr_t>(p.rows * p.classes * width);
+  const uintptr_t end = begin + static_cast<uintptr_t>(gradient_bytes(p));
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
   if (p.grad && p.grad != p.student && first < last)
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
@@ -174,6 +181,7 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   p.scales.soft_scale *= grad_scale;
   p.scales.hard_scale *= grad_scale;
   p.in_double = p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64;
+  p.stream = p.grad && p.grad != p.student && gradient_bytes(p) >= kStreamBytes;
   std::vector<double> terms(static_cast<size_t>(2 * p.rows));
   p.soft = terms.data();
   p.hard = terms.data() + p.rows;

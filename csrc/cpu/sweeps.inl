@@ -17,74 +17,107 @@ struct Scratch {
   Real *student_max, *teacher_max;  // [blocks] the maxima each block's exponentials refer to
 };
 
-// A block of a row as Real: the row itself, or `scratch` filled with the converted values.
+inline int64_t element_size(KdDtype dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+// A block of a row as Real, and its largest and smallest logit.
 template <typename Real>
-inline const Real* load_block(const void* row, KdDtype dtype, int64_t first, int64_t n,
-                              Real* scratch) {
+struct Block {
+  const Real* values;  // the row itself, or the copy
+  Real high, low;
+};
+
+// Converted on the way, if need be: what is left in `copy` makes room for its exponentials.
+template <typename Real, typename E>
+Block<Real> survey(const E* row, int64_t n, Real* copy) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  constexpr bool kCopy = !IsSame<Real, E>::value;
+  struct Chain {  // of comparisons; one alone would wait for each of its instructions
+    V high = splat<Real>(-INFINITY), low = splat<Real>(INFINITY);
+    KD_INLINE void step(V x) {
+      high = at_least(high, x);
+      low = at_most(low, x);
+    }
+  };
+  constexpr int kChains = 4;
+  Chain chains[kChains];
+  auto whole = [&](int64_t i, Chain& chain) __attribute__((always_inline)) {
+    const V x = Read<Real, E>::at(row + i);
+    if (kCopy) store(copy + i, x);
+    chain.step(x);
+  };
+  int64_t i = 0;
+  for (; i + kChains * L <= n; i += kChains * L)
+#pragma GCC unroll 4
+    for (int k = 0; k < kChains; ++k) whole(i + k * L, chains[k]);
+  for (; i + L <= n; i += L) whole(i, chains[0]);
+  if (i < n) {
+    if constexpr (kCopy)
+      for (int64_t k = i; k < n; ++k) copy[k] = (Real)value_of(row[k]);
+    const Real* values;
+    if constexpr (kCopy)
+      values = copy;
+    else
+      values = row;
+    const Real none = NAN;  // compares neither way
+    chains[1].step(load_part(values + i, n - i, none));
+  }
+#pragma GCC unroll 3
+  for (int k = 1; k < kChains; ++k) {
+    chains[0].high = at_least(chains[0].high, chains[k].high);
+    chains[0].low = at_most(chains[0].low, chains[k].low);
+  }
+  Block<Real> block = {nullptr, highest<Real>(chains[0].high), lowest<Real>(chains[0].low)};
+  if constexpr (kCopy)
+    block.values = copy;
+  else
+    block.values = row;
+  return block;
+}
+
+template <typename Real>
+Block<Real> survey(const char* row, KdDtype dtype, int64_t first, int64_t n, Real* copy) {
   switch (dtype) {
     case kFloat32:
-      if (sizeof(Real) == 4) return (const Real*)row + first;
-      convert_in<float>((const float*)row + first, n, scratch);
-      break;
+      return survey<Real>((const float*)row + first, n, copy);
     case kBFloat16:
-      convert_in<BFloat16>((const uint16_t*)row + first, n, scratch);
-      break;
+      return survey<Real>((const BFloat16*)row + first, n, copy);
     case kFloat16:
-      convert_in<Float16>((const uint16_t*)row + first, n, scratch);
-      break;
-    case kFloat64:
-      if (sizeof(Real) == 8) return (const Real*)row + first;
-      convert_in<double>((const double*)row + first, n, scratch);
-      break;
+      return survey<Real>((const Float16*)row + first, n, copy);
+    default:
+      return survey<Real>((const double*)row + first, n, copy);
   }
-  return scratch;
 }
 
 template <typename Real>
 inline Real load_one(const void* row, KdDtype dtype, int64_t i) {
-  Real buffer = 0;
-  return *load_block<Real>(row, dtype, i, 1, &buffer);
-}
-
-template <typename Real>
-inline void store_block(const Real* values, int64_t n, KdDtype dtype, void* row, int64_t first) {
   switch (dtype) {
     case kFloat32:
-      convert_out<float>(values, n, (float*)row + first);
-      break;
+      return (Real)((const float*)row)[i];
     case kBFloat16:
-      convert_out<BFloat16>(values, n, (uint16_t*)row + first);
-      break;
+      return (Real)((const BFloat16*)row)[i].value();
     case kFloat16:
-      convert_out<Float16>(values, n, (uint16_t*)row + first);
-      break;
-    case kFloat64:
-      convert_out<double>(values, n, (double*)row + first);
-      break;
+      return (Real)((const Float16*)row)[i].value();
+    default:
+      return (Real)((const double*)row)[i];
   }
 }
 
 template <typename Real>
-struct Extremes {
-  Real student_max, student_min, teacher_max;
-};
-
-template <typename Real>
-Extremes<Real> extremes(const Real* s, const Real* t, int64_t n) {
-  typedef Vec<Real> V;
-  constexpr int L = Lanes<Real>::kCount;
-  const Real inf = INFINITY;
-  V high = splat<Real>(-inf), low = splat<Real>(inf), teacher = splat<Real>(-inf);
-  auto step = [&](V x, V y) __attribute__((always_inline)) {
-    high = x > high ? x : high;
-    low = x < low ? x : low;
-    teacher = y > teacher ? y : teacher;
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) step(load(s + i), load(t + i));
-  const Real none = NAN;  // compares neither way
-  if (i < n) step(load_part(s + i, n - i, none), load_part(t + i, n - i, none));
-  return {highest<Real>(high), lowest<Real>(low), highest<Real>(teacher)};
+inline void store_block(const Real* values, int64_t n, KdDtype dtype, void* row, int64_t first,
+                        bool past_caches) {
+  switch (dtype) {
+    case kFloat32:
+      return convert_out(values, n, (float*)row + first, past_caches);
+    case kBFloat16:
+      return convert_out(values, n, (BFloat16*)row + first, past_caches);
+    case kFloat16:
+      return convert_out(values, n, (Float16*)row + first, past_caches);
+    case kFloat64:
+      return convert_out(values, n, (double*)row + first, past_caches);
+  }
 }
 
 template <int P, typename V>
@@ -100,86 +133,96 @@ KD_INLINE V power(V x) {
 // are widened: four where that error is below the exponentials' own, but only two of the sums whose
 // logarithm T^2 multiplies. One of these may be 1, and it would be rounded again with each of
 // three.
+// What will be read next. It is fetched while the exponentials of this block are computed: left to
+// the hardware, the search for the next maxima would wait for memory, and memory for the rest.
+struct Ahead {
+  const char *student, *teacher;
+  int64_t student_width, teacher_width;  // bytes per class
+
+  KD_INLINE void fetch(int64_t classes) {
+    const char* const student_end = student + classes * student_width;
+    const char* const teacher_end = teacher + classes * teacher_width;
+    for (; student < student_end; student += 64) __builtin_prefetch(student);
+    for (; teacher < teacher_end; teacher += 64) __builtin_prefetch(teacher);
+  }
+};
+
 template <typename Real, int P, bool kStore>
 void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sums<Real>& sums,
-                  Real* out_s, Real* out_t, Real* out_hard) {
+                  Real* out_s, Real* out_t, Real* out_hard, Ahead& ahead) {
   typedef Vec<Real> V;
   constexpr int L = Lanes<Real>::kCount;
   const Exponent<Real> soft_exponent(kLog2E * inverse_t), hard_exponent(kLog2E);
   const V student_max = splat<Real>(reference_of(sums.student_max));
   const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
   const V masked = splat<Real>(lowest_number(Real()));
-  WideVec<Real> student = {}, teacher = {}, cross = {}, hard = {};
-  struct Two {
-    V student = {}, teacher = {};
-  };
-  struct Four {
-    V cross = {}, hard = {};
-  };
+  WideSum<Real> student, teacher, cross, hard;
 
-  V es, et, e1;
-  auto step = [&](V x, V y, Two& two, Four& four) __attribute__((always_inline)) {
-    V ds = at_least(x - student_max, masked);
-    V dt = at_least(y - teacher_max, masked);
+  V es, et, product, e1;
+  auto step = [&](V x, V y) __attribute__((always_inline)) {
+    const V ds = at_least(x - student_max, masked);
+    // Below `least` the teacher's exponential is 0, whatever the distance: times -inf, too.
+    const V dt = at_least(y - teacher_max, soft_exponent.least);
     es = exp2_scaled(ds, soft_exponent);
     et = exp2_scaled(dt, soft_exponent);
-    two.student += es;
-    two.teacher += et;
-    four.cross += et * (dt - ds);
-    if (P == kNoCrossEntropy) return;
-    e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
-    four.hard += e1;
+    product = et * (dt - ds);
+    if (P != kNoCrossEntropy)
+      e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
   };
-  auto whole = [&](int64_t i, Two& two, Four& four) __attribute__((always_inline)) {
-    step(load(s + i), load(t + i), two, four);
+  auto whole = [&](int64_t i) __attribute__((always_inline)) {
+    step(load(s + i), load(t + i));
     if (kStore) store(out_s + i, es);
     if (kStore) store(out_t + i, et);
     if (kStore && P == kOwnExponential) store(out_hard + i, e1);
   };
-  auto add_two = [&](const Two& two) __attribute__((always_inline)) {
-    student += widen(two.student);
-    teacher += widen(two.teacher);
-  };
-  auto add_four = [&](const Four& four) __attribute__((always_inline)) {
-    cross += widen(four.cross);
-    if (P != kNoCrossEntropy) hard += widen(four.hard);
-  };
 
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
-    Two first, second;
-    Four four;
-    whole(i, first, four);
-    whole(i + L, first, four);
-    add_two(first);
-    whole(i + 2 * L, second, four);
-    whole(i + 3 * L, second, four);
-    add_two(second);
-    add_four(four);
-  }
-  Four four;  // what is left is less than four vectors
-  for (; i < n; i += L) {
-    Two two;
-    if (const int64_t left = n - i; left >= L) {
-      whole(i, two, four);
-    } else {
-      const Real none = -INFINITY;
-      step(load_part(s + i, left, none), load_part(t + i, left, none), two, four);
-      if (kStore) store_part(out_s + i, left, es);
-      if (kStore) store_part(out_t + i, left, et);
-      if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
+    V products, hards;
+    ahead.fetch(4 * L);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair) {
+      whole(i + pair * 2 * L);
+      const V first_s = es, first_t = et;
+      products = pair == 0 ? product : products + product;
+      hards = pair == 0 ? e1 : hards + e1;
+      whole(i + pair * 2 * L + L);
+      student.add(first_s + es);
+      teacher.add(first_t + et);
+      products += product;
+      hards += e1;
     }
-    add_two(two);
+    cross.add(products);
+    if (P != kNoCrossEntropy) hard.add(hards);
   }
-  add_four(four);
-  sums.student += total(student);
-  sums.teacher += total(teacher);
-  sums.cross += total(cross);
-  sums.hard += total(hard);
+  auto add_one = [&]() __attribute__((always_inline)) {
+    student.add(es);
+    teacher.add(et);
+    cross.add(product);
+    if (P != kNoCrossEntropy) hard.add(e1);
+  };
+  for (; i + L <= n; i += L) {
+    whole(i);
+    add_one();
+  }
+  if (const int64_t left = n - i) {
+    const Real none = -INFINITY;
+    step(load_part(s + i, left, none), load_part(t + i, left, none));
+    if (kStore) store_part(out_s + i, left, es);
+    if (kStore) store_part(out_t + i, left, et);
+    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
+    add_one();
+  }
+  sums.student += student.total();
+  sums.teacher += teacher.total();
+  sums.cross += cross.total();
+  sums.hard += hard.total();
 }
 
+// `next_student` and `next_teacher`: the row that comes after this one.
 template <typename Real, int P, bool kStore>
-Sums<Real> sweep1(const KdProblem& p, const void* student, const void* teacher, Real* out_s,
+Sums<Real> sweep1(const KdProblem& p, const char* student, const char* teacher,
+                  const char* next_student, const char* next_teacher, Real* out_s,
                   const Scratch<Real>& scratch) {
   Sums<Real> sums = {(Real)-INFINITY, (Real)-INFINITY, 0, 0, 0, 0, 0, false};
   const double inverse_t = 1.0 / p.temperature;
@@ -187,17 +230,23 @@ Sums<Real> sweep1(const KdProblem& p, const void* student, const void* teacher, 
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
     const int64_t at = kStore ? first : 0;
-    const Real* s = load_block<Real>(student, p.student_dtype, first, n, scratch.student + at);
-    const Real* t = load_block<Real>(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
-    const Extremes<Real> e = extremes(s, t, n);
-    if (e.student_min == -INFINITY)
-      for (int64_t i = 0; i < n; ++i) sums.masked |= s[i] == -INFINITY && t[i] > -INFINITY;
+    const bool last = first + kBlock >= p.classes;
+    const int64_t student_width = element_size(p.student_dtype);
+    const int64_t teacher_width = element_size(p.teacher_dtype);
+    Ahead ahead = {last ? next_student : student + (first + n) * student_width,
+                   last ? next_teacher : teacher + (first + n) * teacher_width, student_width,
+                   teacher_width};
+    const Block<Real> s = survey(student, p.student_dtype, first, n, scratch.student + at);
+    const Block<Real> t = survey(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
+    if (s.low == -INFINITY)
+      for (int64_t i = 0; i < n; ++i)
+        sums.masked |= s.values[i] == -INFINITY && t.values[i] > -INFINITY;
     if (smoothing)
       for (int64_t i = 0; i < n; ++i)
-        sums.smooth += p.weight ? p.weight[first + i] * s[i] : (double)s[i];
-    raise_maxima(sums, e.student_max, e.teacher_max, inverse_t);
-    exponentials<Real, P, kStore>(s, t, n, inverse_t, sums, out_s + at, scratch.teacher + at,
-                                  scratch.hard + at);
+        sums.smooth += p.weight ? p.weight[first + i] * s.values[i] : (double)s.values[i];
+    raise_maxima(sums, s.high, t.high, inverse_t);
+    exponentials<Real, P, kStore>(s.values, t.values, n, inverse_t, sums, out_s + at,
+                                  scratch.teacher + at, scratch.hard + at, ahead);
     if (kStore) {
       scratch.student_max[b] = sums.student_max;
       scratch.teacher_max[b] = sums.teacher_max;
@@ -223,10 +272,10 @@ inline Step step_to(const KdProblem& p, const Sums<Real>& sums, const Scratch<Re
   return step;
 }
 
-// One block of gradient, left in `es`; returns the sum of its squares.
-template <typename Real, int P>
-double gradient_block(Real* es, const Real* et, const Real* e1, int64_t n, double student,
-                      double teacher, double hard, double constant) {
+// One block of gradient; returns the sum of its squares. `kStream`: past the caches.
+template <typename Real, int P, bool kStream>
+double gradient_block(const Real* es, const Real* et, const Real* e1, int64_t n, double student,
+                      double teacher, double hard, double constant, Real* out) {
   typedef Vec<Real> V;
   constexpr int L = Lanes<Real>::kCount;
   const V a = splat<Real>((Real)student), b = splat<Real>((Real)teacher);
@@ -242,26 +291,40 @@ double gradient_block(Real* es, const Real* et, const Real* e1, int64_t n, doubl
   for (; i + L <= n; i += L) {
     const V z = P == kOwnExponential ? load(e1 + i) : V{};
     const V g = step(load(es + i), load(et + i), z);
-    store(es + i, g);
+    kStream ? stream(out + i, g) : store(out + i, g);
     squares += g * g;
   }
   if (const int64_t left = n - i) {
     const Real zero = 0;
     const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
-    store_part(es + i, left, step(load_part(es + i, left, zero), load_part(et + i, left, zero), z));
-    const V g = load_part(es + i, left, zero);  // the lanes beyond hold -d
+    store_part(out + i, left,
+               step(load_part(es + i, left, zero), load_part(et + i, left, zero), z));
+    const V g = load_part(out + i, left, zero);  // the lanes beyond hold -d
     squares += g * g;
   }
-  return total(widen(squares));
+  WideSum<Real> sum;
+  sum.add(squares);
+  return sum.total();
 }
 
-// The gradient row, and the sum of its squares. It goes to `grad` at once, or stays in `es` for
-// later (`deferred`): in place, the student's row is not to be lost before its gradient is good.
+// Where a row's exponentials are, and where its gradient goes.
+template <typename Real>
+struct Place {
+  Real* es;     // the student's exponentials
+  char* grad;   // the gradient row
+  bool direct;  // the gradient is of type Real and goes there at once; else by way of `es`
+  bool stream;  // it goes past the caches; then `es` is not the gradient row
+  bool later;   // it stays in `es`: in place, the student's row is not to be lost before it is good
+};
+
+// The gradient row, and the sum of its squares.
 template <typename Real, int P>
-double sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real* es,
-              const Scratch<Real>& scratch, char* grad, bool deferred) {
+double sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f,
+              const Place<Real>& place, const Scratch<Real>& scratch) {
+  Real* const es = place.es;
   // Without a soft term the teacher must not be touched: 0 * NaN.
   const Real* et = f.student == 0 && f.teacher == 0 ? es : scratch.teacher;
+  Real* const out = place.direct ? (Real*)place.grad : es;
   double squares = 0;
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
@@ -269,17 +332,20 @@ double sweep2(const KdProblem& p, const Sums<Real>& sums, const Factors& f, Real
     const double q = f.student * step.student;
     const double t = f.teacher == 0 ? 0 : f.teacher * step.teacher;
     const double constant = p.weight ? 0.0 : -f.smooth;
-    double block = gradient_block<Real, P>(es + first, et + first, scratch.hard + first, n, q, t,
-                                           f.hard * step.hard, constant);
+    const auto block_of = place.direct && place.stream ? gradient_block<Real, P, true>
+                                                       : gradient_block<Real, P, false>;
+    double block = block_of(es + first, et + first, scratch.hard + first, n, q, t,
+                            f.hard * step.hard, constant, out + first);
     if (P != kNoCrossEntropy && p.weight && f.smooth != 0) {
       block = 0;
       for (int64_t i = first; i < first + n; ++i) {
-        es[i] += (Real)(f.smooth * p.weight[i]);
-        block += (double)es[i] * es[i];
+        out[i] += (Real)(f.smooth * p.weight[i]);
+        block += (double)out[i] * out[i];
       }
     }
     squares += block;
-    if (!deferred && (char*)es != grad) store_block(es + first, n, p.student_dtype, grad, first);
+    if (!place.direct && !place.later)
+      store_block(es + first, n, p.student_dtype, place.grad, first, place.stream);
   }
   return squares;
 }
@@ -321,17 +387,16 @@ Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t 
   typedef Vec<Real> V;
   constexpr int L = Lanes<Real>::kCount;
   const V maximum = splat<Real>(saw_max ? 1 : 2);
-  WideVec<Real> student = {}, teacher = {}, hard = {};
+  WideSum<Real> student, teacher, hard;
   Others<Real> others;
   auto step = [&](V x, V y, V z, int64_t first) __attribute__((always_inline)) {
     const auto left_out = (P == kOwnExponential && by_hard ? z : x) == maximum;
     if (any(left_out))
       for (int lane = 0; lane < L; ++lane)
         if (left_out[lane]) others.maximum = first + lane;
-    student += widen(left_out ? V{} : x);
-    teacher += widen(left_out ? V{} : y);
-    if (P != kNoCrossEntropy)
-      hard += widen(left_out ? V{} : P == kOwnExponential ? z : power<P>(x));
+    student.add(left_out ? V{} : x);
+    teacher.add(left_out ? V{} : y);
+    if (P != kNoCrossEntropy) hard.add(left_out ? V{} : P == kOwnExponential ? z : power<P>(x));
   };
   int64_t i = 0;
   for (; i + L <= n; i += L)
@@ -341,7 +406,7 @@ Others<Real> sum_others(const Real* es, const Real* et, const Real* e1, int64_t 
     const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
     step(load_part(es + i, left, zero), load_part(et + i, left, zero), z, i);
   }
-  others.student = total(student), others.teacher = total(teacher), others.hard = total(hard);
+  others.student = student.total(), others.teacher = teacher.total(), others.hard = hard.total();
   return others;
 }
 

@@ -1,4 +1,4 @@
-// Vectors of the width this unit is compiled for, the exponential, and the conversions.
+// Vectors of the width this unit is compiled for, and the exponential.
 // GCC's and clang's vector extensions: the same source gives SSE2, AVX2, AVX-512 and NEON code.
 // Included inside an anonymous namespace: nothing here may be shared with another unit.
 
@@ -10,7 +10,6 @@ struct Lanes<float> {
   static constexpr int kCount = KD_VECTOR_BYTES / 4;
   typedef float V __attribute__((vector_size(KD_VECTOR_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(KD_VECTOR_BYTES)));
-  typedef double Wide __attribute__((vector_size(2 * KD_VECTOR_BYTES)));
   static constexpr float kMinExponent = -127.0f;
   static constexpr int kMantissaBits = 23;
   // 1.5 * 2^23 rounds to an integer when added; + 127 leaves it biased, ready to be an exponent.
@@ -22,7 +21,6 @@ struct Lanes<double> {
   static constexpr int kCount = KD_VECTOR_BYTES / 8;
   typedef double V __attribute__((vector_size(KD_VECTOR_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(KD_VECTOR_BYTES)));
-  typedef V Wide;
   static constexpr double kMinExponent = -1023.0;
   static constexpr int kMantissaBits = 52;
   static constexpr double kRound = 6755399441055744.0 + 1023.0;
@@ -30,8 +28,15 @@ struct Lanes<double> {
 
 template <typename Real>
 using Vec = typename Lanes<Real>::V;
-template <typename Real>
-using WideVec = typename Lanes<Real>::Wide;
+
+template <typename A, typename B>
+struct IsSame {
+  static constexpr bool value = false;
+};
+template <typename A>
+struct IsSame<A, A> {
+  static constexpr bool value = true;
+};
 
 template <typename Real>
 KD_INLINE Vec<Real> splat(Real x) {
@@ -49,6 +54,36 @@ template <typename Real>
 KD_INLINE void store(Real* p, Vec<Real> v) {
   memcpy(p, &v, sizeof v);
 }
+
+// Stores that go past the caches, without reading first what they overwrite. Whole vectors at
+// aligned addresses; other threads see them after finish_streams.
+#if defined(__AVX512F__)
+KD_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+KD_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+template <typename Half>
+KD_INLINE void stream(void* p, Half v) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+}
+#elif defined(__AVX2__)
+KD_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+KD_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+template <typename Half>
+KD_INLINE void stream(void* p, Half v) {
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+}
+#else
+template <typename V>
+KD_INLINE void stream(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+#endif
+#if defined(__AVX2__)
+KD_INLINE void finish_streams() { _mm_sfence(); }
+KD_INLINE bool can_stream(const void* row) { return (uintptr_t)row % KD_VECTOR_BYTES == 0; }
+#else
+KD_INLINE void finish_streams() {}
+KD_INLINE bool can_stream(const void*) { return false; }
+#endif
 
 // The last, partial vector of a row: missing lanes read as `fill`, and are not written. Rows of 10
 // classes are nothing but this, so the sets that have masked accesses use them.
@@ -99,16 +134,73 @@ KD_INLINE void store_part(Real* p, int64_t n, Vec<Real> v) {
 }
 #endif
 
-// A NaN in `a` comes through, as it does not compare.
-template <typename V>
-KD_INLINE V at_least(V a, V floor) {
-  return a < floor ? floor : a;
+// A NaN in `a` comes through, one in `bound` does not: the instructions return their second operand
+// if either is NaN. Of the expressions GCC would make a comparison and a blend.
+#if defined(__AVX512F__)
+KD_INLINE Vec<float> at_least(Vec<float> a, Vec<float> bound) {
+  return (Vec<float>)_mm512_max_ps((__m512)bound, (__m512)a);
 }
+KD_INLINE Vec<float> at_most(Vec<float> a, Vec<float> bound) {
+  return (Vec<float>)_mm512_min_ps((__m512)bound, (__m512)a);
+}
+#elif defined(__AVX2__)
+KD_INLINE Vec<float> at_least(Vec<float> a, Vec<float> bound) {
+  return (Vec<float>)_mm256_max_ps((__m256)bound, (__m256)a);
+}
+KD_INLINE Vec<float> at_most(Vec<float> a, Vec<float> bound) {
+  return (Vec<float>)_mm256_min_ps((__m256)bound, (__m256)a);
+}
+#else
+KD_INLINE Vec<float> at_least(Vec<float> a, Vec<float> bound) { return a < bound ? bound : a; }
+KD_INLINE Vec<float> at_most(Vec<float> a, Vec<float> bound) { return a > bound ? bound : a; }
+#endif
+KD_INLINE Vec<double> at_least(Vec<double> a, Vec<double> bound) { return a < bound ? bound : a; }
+KD_INLINE Vec<double> at_most(Vec<double> a, Vec<double> bound) { return a > bound ? bound : a; }
 
-KD_INLINE Lanes<float>::Wide widen(Lanes<float>::V v) {
-  return __builtin_convertvector(v, Lanes<float>::Wide);
+// Each half of a vector in double.
+#if defined(__AVX512F__)
+KD_INLINE Vec<double> low_half(Vec<float> v) {
+  return (Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
 }
-KD_INLINE Lanes<double>::V widen(Lanes<double>::V v) { return v; }
+KD_INLINE Vec<double> high_half(Vec<float> v) {
+  return (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+}
+#elif defined(__AVX2__)
+KD_INLINE Vec<double> low_half(Vec<float> v) {
+  return (Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+}
+KD_INLINE Vec<double> high_half(Vec<float> v) {
+  return (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+}
+#else
+KD_INLINE Vec<double> low_half(Vec<float> v) {
+  Vec<double> half;
+  for (int i = 0; i < Lanes<double>::kCount; ++i) half[i] = v[i];
+  return half;
+}
+KD_INLINE Vec<double> high_half(Vec<float> v) {
+  Vec<double> half;
+  for (int i = 0; i < Lanes<double>::kCount; ++i) half[i] = v[Lanes<double>::kCount + i];
+  return half;
+}
+#endif
+
+// Sums in double of vectors of Real, lane by lane.
+template <typename Real>
+struct WideSum {
+  Vec<double> low = {}, high = {};
+  KD_INLINE void add(Vec<float> v) {
+    low += low_half(v);
+    high += high_half(v);
+  }
+  KD_INLINE double total() const;
+};
+template <>
+struct WideSum<double> {
+  Vec<double> sum = {};
+  KD_INLINE void add(Vec<double> v) { sum += v; }
+  KD_INLINE double total() const;
+};
 
 // All lanes combined by halving: log2(lanes) operations deep, where a loop would be lanes deep.
 template <int kBytes, typename Real, typename Combine>
@@ -133,10 +225,15 @@ KD_INLINE bool any(Mask mask) {
   return fold<sizeof words>((const int64_t*)&words, [](auto a, auto b) { return a | b; }) != 0;
 }
 
-template <typename W>
-KD_INLINE double total(W v) {
-  return fold<sizeof(W)>((const double*)&v, [](auto a, auto b) { return a + b; });
+KD_INLINE double total(Vec<double> v) {
+  return fold<sizeof v>((const double*)&v, [](auto a, auto b) { return a + b; });
 }
+template <typename Real>
+KD_INLINE double WideSum<Real>::total() const {
+  return ::total(low + high);
+}
+KD_INLINE double WideSum<double>::total() const { return ::total(sum); }
+
 template <typename Real>
 KD_INLINE Real highest(Vec<Real> v) {
   return fold<sizeof v>((const Real*)&v, [](auto a, auto b) { return a > b ? a : b; });
@@ -192,80 +289,4 @@ KD_INLINE V exp2_scaled(V d, const Exponent<Real>& scale) {
   V f = (d * scale.high - (biased - L::kRound)) + d * scale.low;
   typename L::Bits exponent = (typename L::Bits)biased << L::kMantissaBits;
   return exp2_fraction(f) * (V)exponent;
-}
-
-// ---- element types -----------------------------------------------------------------------------
-
-KD_INLINE float bits_to_float(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-KD_INLINE uint32_t float_to_bits(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-
-struct BFloat16 {
-  uint16_t u;
-  KD_INLINE float value() const { return bits_to_float((uint32_t)u << 16); }
-  KD_INLINE static BFloat16 of(float x) {
-    uint32_t b = float_to_bits(x);
-    uint32_t nearest_even = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return BFloat16{(uint16_t)(x != x ? 0x7fc0u : nearest_even)};
-  }
-};
-
-struct Float16 {
-  uint16_t u;
-  KD_INLINE float value() const {
-    // Shifted into place the exponent is 112 too small; the product mends it, subnormals included.
-    uint32_t sign = (uint32_t)(u & 0x8000u) << 16;
-    float magnitude = bits_to_float((uint32_t)(u & 0x7fffu) << 13) * 0x1p112f;
-    uint32_t b = float_to_bits(magnitude);
-    b = (u & 0x7c00u) == 0x7c00u ? 0x7f800000u | ((uint32_t)(u & 0x3ffu) << 13) : b;
-    return bits_to_float(sign | b);
-  }
-  KD_INLINE static Float16 of(float x) {
-    uint32_t b = float_to_bits(x);
-    uint32_t sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
-    // Normal: rebias, round to nearest even. Carries run on into the exponent, up to infinity.
-    uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Subnormal: adding 1/2 lines the last bit of the result up with float's, rounding included.
-    uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
-    uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
-    h = magnitude >= 0x477ff000u ? 0x7c00u : h;
-    h = magnitude > 0x7f800000u ? 0x7e00u : h;
-    return Float16{(uint16_t)(sign | h)};
-  }
-};
-
-KD_INLINE double value_of(float x) { return x; }
-KD_INLINE double value_of(double x) { return x; }
-KD_INLINE float value_of(BFloat16 x) { return x.value(); }
-KD_INLINE float value_of(Float16 x) { return x.value(); }
-
-template <typename T>
-struct ElementOf {
-  KD_INLINE static T of(double x) { return (T)x; }
-};
-template <>
-struct ElementOf<BFloat16> {
-  KD_INLINE static BFloat16 of(double x) { return BFloat16::of((float)x); }
-};
-template <>
-struct ElementOf<Float16> {
-  KD_INLINE static Float16 of(double x) { return Float16::of((float)x); }
-};
-
-template <typename T, typename Real>
-void convert_in(const void* source, int64_t n, Real* out) {
-  const T* p = (const T*)source;
-  for (int64_t i = 0; i < n; ++i) out[i] = (Real)value_of(p[i]);
-}
-template <typename T, typename Real>
-void convert_out(const Real* in, int64_t n, void* target) {
-  T* p = (T*)target;
-  for (int64_t i = 0; i < n; ++i) p[i] = ElementOf<T>::of(in[i]);
 }
