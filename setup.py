@@ -27,7 +27,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-SOURCES = ["bindings.cpp", "cpu/run.cpp", "cpu/parallel.cpp", "cpu/rows_portable.cpp"]
+SOURCES = [
+    "bindings.cpp",
+    "cpu/run.cpp",
+    "cpu/memory.cpp",
+    "cpu/parallel.cpp",
+    "cpu/rows_portable.cpp",
+]
 # The flags are those of the unit alone: AVX code anywhere else would crash machines without it.
 X86_SETS = {
     "cpu/rows_avx2.cpp": "-mavx2 -mfma",

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/run.h"
 
@@ -74,6 +75,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Compiled CPU kernels of kdkernels; use kdkernels.kd_loss.";
   kd_openmp_library();  // found now, so that a fork is noticed whoever used the threads before
   m.def("run", &run);
+  py::class_<KdMemory>(m, "Memory", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](const KdMemory& memory) {
+        const auto bytes = static_cast<py::ssize_t>(memory.bytes());
+        return py::buffer_info(memory.data(), 1, "B", 1, {bytes}, {1});
+      });
+  m.def("release_memory", &kd_release_memory);
   m.def("instruction_set", &kd_instruction_set);
   m.def("openmp_library", &kd_openmp_library);
 }

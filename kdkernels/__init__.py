@@ -1,8 +1,9 @@
 """Fused knowledge-distillation losses for PyTorch. ``kdkernels.kd_loss`` is the front door."""
 
 from kdkernels._version import __version__
+from kdkernels.backends.cpu import empty_cache
 from kdkernels.functional import kd_loss
 from kdkernels.modules import FusedKDLoss
 from kdkernels.reference import KDTerms
 
-__all__ = ["FusedKDLoss", "KDTerms", "__version__", "kd_loss"]
+__all__ = ["FusedKDLoss", "KDTerms", "__version__", "empty_cache", "kd_loss"]

@@ -1,4 +1,4 @@
-# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls run.
+# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls it.
 
 _Rows = tuple[int, int, int]
 
@@ -27,5 +27,13 @@ def run(
     distill_ignored: bool,
     threads: int,
 ) -> float: ...
+
+class Memory:
+    """Kept from one large gradient to the next; offers the buffer protocol."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int) -> memoryview: ...
+
+def release_memory() -> int: ...
 def instruction_set() -> str: ...
 def openmp_library() -> str: ...

@@ -88,7 +88,13 @@ def test_the_module_takes_the_options_of_the_function():
 
 
 def test_what_the_package_exports():
-    assert set(kdkernels.__all__) == {"FusedKDLoss", "KDTerms", "__version__", "kd_loss"}
+    assert set(kdkernels.__all__) == {
+        "FusedKDLoss",
+        "KDTerms",
+        "__version__",
+        "empty_cache",
+        "kd_loss",
+    }
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", kdkernels.__version__)
 
 

@@ -23,6 +23,32 @@ except ImportError as error:
     _import_error = str(error)
 
 
+# From here on gradients lie in memory that csrc/cpu/memory.cpp keeps from step to step: fresh pages
+# cost a step more than its arithmetic.
+KEPT_BYTES = 1 << 22
+
+
+def _new_gradient(student: Tensor) -> Tensor:
+    """Contiguous and not initialised."""
+    if student.numel() * student.element_size() < KEPT_BYTES:
+        return torch.empty_like(student, memory_format=torch.contiguous_format)
+    memory = _cpu.Memory(student.numel() * student.element_size())
+    return torch.frombuffer(memory, dtype=student.dtype).resize_(student.shape)
+
+
+def empty_cache() -> int:
+    """Give back the memory that is kept for the next large gradient of CPU logits.
+
+    A training step frees its gradient and asks for one of the same size in the next step; the CPU
+    kernels keep the memory of up to two freed gradients of 4 MiB and more, as mapping fresh pages
+    takes longer than the loss itself. The system may take those pages when it is short of memory.
+
+    Returns:
+        How many bytes that were.
+    """
+    return 0 if _cpu is None else int(_cpu.release_memory())
+
+
 class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
@@ -78,7 +104,7 @@ class CPUBackend:
         if want_grad and inplace:
             grad = source.detach()
         elif want_grad:
-            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            grad = _new_gradient(student)
             grad_rows = (1, classes, 0)
         shape = student.shape[:-1] if reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)
