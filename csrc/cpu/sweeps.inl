@@ -9,7 +9,14 @@ inline double lowest_number(double) { return -0x1.fffffffffffffp1023; }
 
 // How the cross entropy's e^s is had from the divergence's e^(s/T): not at all, by raising it to
 // the integer power T, or by an exponential of its own.
-enum Power : int { kNoCrossEntropy = 0, kOwnExponential = -1 };
+enum Power : int {
+  kOwnExponential = -1,
+  kNoCrossEntropy = 0,
+  kFirst = 1,
+  kSecond = 2,
+  kThird = 3,
+  kFourth = 4
+};
 
 template <typename Real>
 struct Scratch {
@@ -219,11 +226,18 @@ void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sum
   sums.hard += hard.total();
 }
 
-// `next_student` and `next_teacher`: the row that comes after this one.
 template <typename Real, int P, bool kStore>
-Sums<Real> sweep1(const KdProblem& p, const char* student, const char* teacher,
-                  const char* next_student, const char* next_teacher, Real* out_s,
-                  const Scratch<Real>& scratch) {
+Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Real>& scratch) {
+  const int64_t student_width = element_size(p.student_dtype);
+  const int64_t teacher_width = element_size(p.teacher_dtype);
+  const int64_t next = row + 1 < p.rows ? row + 1 : row;
+  const auto student_row = [&](int64_t i) {
+    return (const char*)p.student + p.student_rows.start(i) * student_width;
+  };
+  const auto teacher_row = [&](int64_t i) {
+    return (const char*)p.teacher + p.teacher_rows.start(i) * teacher_width;
+  };
+  const char *const student = student_row(row), *const teacher = teacher_row(row);
   Sums<Real> sums = {(Real)-INFINITY, (Real)-INFINITY, 0, 0, 0, 0, 0, false};
   const double inverse_t = 1.0 / p.temperature;
   const bool smoothing = P != kNoCrossEntropy && p.label_smoothing > 0;
@@ -231,10 +245,8 @@ Sums<Real> sweep1(const KdProblem& p, const char* student, const char* teacher,
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
     const int64_t at = kStore ? first : 0;
     const bool last = first + kBlock >= p.classes;
-    const int64_t student_width = element_size(p.student_dtype);
-    const int64_t teacher_width = element_size(p.teacher_dtype);
-    Ahead ahead = {last ? next_student : student + (first + n) * student_width,
-                   last ? next_teacher : teacher + (first + n) * teacher_width, student_width,
+    Ahead ahead = {last ? student_row(next) : student + (first + n) * student_width,
+                   last ? teacher_row(next) : teacher + (first + n) * teacher_width, student_width,
                    teacher_width};
     const Block<Real> s = survey(student, p.student_dtype, first, n, scratch.student + at);
     const Block<Real> t = survey(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
