@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,41 +14,55 @@ from kdkernels.checks import Options, check_inplace, check_options, check_tensor
 from kdkernels.reference import KDTerms, kd_terms
 
 
+class _Call(NamedTuple):
+    """What one call of the loss is asked to do, beside the student logits.
+
+    In one object, as autograd charges for each argument; and it does not see these tensors, which
+    have no gradient and of which it could not save those made in inference mode.
+    """
+
+    teacher: Tensor
+    labels: Tensor | None
+    weight: Tensor | None
+    options: Options
+    backend: backends.Backend
+    inplace: bool
+    want_terms: bool
+
+    def versions(self) -> list[int]:
+        """What in-place writes have counted up to; writes to inference tensors are not counted."""
+        constants = (self.teacher, self.labels, self.weight)
+        return [t._version for t in constants if t is not None and not t.is_inference()]
+
+
 class _FusedKDLoss(torch.autograd.Function):
     """The gradient is made in the forward; the backward hands it over, scaled if need be."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        student: Tensor,
-        constants: Constants,
-        options: Options,
-        backend: backends.Backend,
-        inplace: bool,
-        want_terms: bool,
-    ) -> tuple[Tensor | None, ...]:
-        result = backend.run(student, *constants, options, want_terms, True, inplace)
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
-        ctx.grad, ctx.grad_scale = result.grad, result.grad_scale
-        if not inplace:  # for a second derivative
+    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor | tuple[Tensor | None, ...]:  # type: ignore[override]
+        teacher, labels, weight, options, backend, inplace, want_terms = call
+        loss, soft, hard, grad, grad_scale = backend.run(
+            student, teacher, labels, weight, options, want_terms, True, inplace
+        )
+        ctx.call, ctx.grad, ctx.grad_scale = call, grad, grad_scale
+        if inplace:
+            ctx.version = student._version + 1  # one more by _Overwritten
+        else:  # for a second derivative
             ctx.save_for_backward(student)
-            ctx.constants, ctx.versions = constants, _versions(constants)
-        if want_terms:
-            ctx.mark_non_differentiable(result.soft, result.hard)
-        ctx.version = student._version + 1  # one more by _Overwritten
-        return result.loss, result.soft, result.hard
+            ctx.versions = call.versions()
+        if not want_terms:
+            return loss
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(soft, hard)
+        return loss, soft, hard
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        incoming = grads[0]
+    def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if incoming is None:
-            grad = None
-        elif torch.is_grad_enabled():
-            grad = _differentiable_gradient(ctx, incoming)
-        else:
-            grad = _take_gradient(ctx, incoming)
-        return grad, None, None, None, None, None
+            return None, None
+        if torch.is_grad_enabled():
+            return _differentiable_gradient(ctx, incoming), None
+        return _take_gradient(ctx, incoming), None
 
 
 class _Overwritten(torch.autograd.Function):
@@ -71,24 +85,18 @@ class _Overwritten(torch.autograd.Function):
         )
 
 
-# Teacher, labels, weight. In a tuple autograd does not see them: they have no gradient, and those
-# made in inference mode it could not save.
-Constants = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def _versions(constants: Constants) -> list[int]:
-    """What in-place writes have counted up to; writes to inference tensors are not counted."""
-    return [t._version for t in constants if t is not None and not t.is_inference()]
-
-
-def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
-    grad: Tensor | None = ctx.grad
-    if grad is None:
+def _call_of(ctx: Any) -> _Call:
+    if ctx.call is None:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the gradient was handed over. "
             "Specify retain_graph=True for the first backward."
         )
-    if ctx.inplace and grad._version != ctx.version:
+    return ctx.call  # type: ignore[no-any-return]
+
+
+def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
+    call, grad = _call_of(ctx), ctx.grad
+    if call.inplace and grad._version != ctx.version:
         raise RuntimeError(
             "student_logits hold their gradient (inplace=True) and were modified since; "
             "the gradient is lost"
@@ -96,8 +104,8 @@ def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     if _graph_is_kept():
         grad = grad.clone()  # what is handed over may be modified by whoever receives it
     else:
-        ctx.grad = ctx.constants = None
-    return ctx.backend.scale(grad, incoming, ctx.grad_scale)  # type: ignore[no-any-return]
+        ctx.grad = ctx.call = None
+    return call.backend.scale(grad, incoming, ctx.grad_scale)
 
 
 def _always() -> bool:
@@ -113,20 +121,22 @@ _graph_is_kept: Callable[[], bool] = getattr(
 
 def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     """The gradient under create_graph=True, by the reference, which can be differentiated."""
-    if ctx.inplace:
+    call = _call_of(ctx)
+    if call.inplace:
         raise RuntimeError(
             "inplace=True overwrote student_logits: no second derivative (create_graph=True)"
         )
     (student,) = ctx.saved_tensors
-    if _versions(ctx.constants) != ctx.versions:
+    if call.versions() != ctx.versions:
         raise RuntimeError(
             "teacher_logits, labels or weight have been modified by an inplace operation since the "
             "loss was computed: no second derivative (create_graph=True)"
         )
-    teacher, labels, weight = ctx.constants
     # Through an alias: the hooks of the logits are for this gradient alone, and run once.
     alias = student.view_as(student)
-    loss = kd_terms(alias, teacher, labels, weight=weight, **ctx.options._asdict()).loss
+    loss = kd_terms(
+        alias, call.teacher, call.labels, weight=call.weight, **call.options._asdict()
+    ).loss
     (grad,) = torch.autograd.grad(loss, alias, incoming, create_graph=True)
     return grad  # type: ignore[no-any-return]
 
@@ -208,17 +218,13 @@ def kd_loss(
     if inplace:
         check_inplace(student_logits, teacher_logits, labels, weight)
     if needs_grad and (chosen.name != "reference" or inplace):
-        loss, soft, hard = _FusedKDLoss.apply(
-            student_logits,
-            (teacher_logits, labels, weight),
-            options,
-            chosen,
-            inplace,
-            return_terms,
+        call = _Call(
+            teacher_logits, labels, weight, options, chosen, inplace, return_terms
         )
+        result = _FusedKDLoss.apply(student_logits, call)
         if inplace:
             _Overwritten.apply(student_logits)
-        return KDTerms(loss, soft, hard) if return_terms else loss
+        return KDTerms(*result) if return_terms else result
     loss, soft, hard, *_ = chosen.run(
         student_logits, teacher_logits, labels, weight, options, return_terms, False, False
     )
