@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: every provider on every shape in one run.
 
 Writes ``benchmarks/results/<device>.md``, ``.json`` and the plots, again after each measurement, so
-that a run cut short keeps what it has. On a machine that does nothing else it takes 12 minutes;
+that a run cut short keeps what it has. On a machine that does nothing else it takes ten minutes;
 ``--quick`` tries it out in one.
 """
 

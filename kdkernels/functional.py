@@ -218,9 +218,7 @@ def kd_loss(
     if inplace:
         check_inplace(student_logits, teacher_logits, labels, weight)
     if needs_grad and (chosen.name != "reference" or inplace):
-        call = _Call(
-            teacher_logits, labels, weight, options, chosen, inplace, return_terms
-        )
+        call = _Call(teacher_logits, labels, weight, options, chosen, inplace, return_terms)
         result = _FusedKDLoss.apply(student_logits, call)
         if inplace:
             _Overwritten.apply(student_logits)

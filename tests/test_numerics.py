@@ -73,6 +73,21 @@ def test_every_dtype(classes, dtype):
         check(*inputs(3, classes, dtype=dtype), temperature=temperature)
 
 
+@pytest.mark.parametrize("dtype", GRAD_BOUND)
+@pytest.mark.parametrize("classes", [32000, 32003])
+def test_gradients_too_large_for_the_caches(classes, dtype):
+    """From 4 MiB on they are written past them, where a row starts on a vector: all, or few."""
+    rows = 1 + (4 << 20) // (classes * dtype.itemsize)
+    s, t, y = inputs(rows, classes, dtype=dtype)
+    check(s, t, y, temperature=2.0)
+    y[3] = -100
+    weight = torch.rand(classes) + 0.5
+    check(s, t, y, temperature=3.5, label_smoothing=0.1, weight=weight)
+    if dtype == torch.float32:
+        near = t + 1e-4 * s  # done again in double
+        check(near, t, y, temperature=1.0, alpha=1.0)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("classes", [10, 1000, 5000])
 def test_every_share_of_the_terms(classes, alpha):

@@ -17,7 +17,10 @@ constexpr size_t kHuge = size_t{1} << 21;
 // Two blocks: those of a student with two heads, or of two students in turn.
 constexpr int kKept = 2;
 
+// Only ever tried: in the child of a fork nobody may be left to release it. Whoever does not get it
+// does without what is kept.
 std::mutex mutex;
+typedef std::unique_lock<std::mutex> Lock;
 Block kept[kKept];  // the last one freed first; without data: none
 
 #if defined(__linux__)
@@ -48,7 +51,8 @@ void lend(const Block&) {}
 
 // A kept block that is large enough and at most twice as large.
 Block take(size_t capacity) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const Lock lock(mutex, std::try_to_lock);
+  if (!lock) return {};
   for (Block& block : kept) {
     if (!block.data || block.capacity < capacity || block.capacity / 2 > capacity) continue;
     const Block taken = block;
@@ -70,8 +74,9 @@ KdMemory::~KdMemory() {
   lend(block_);
   Block last = block_;
   {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const Lock lock(mutex, std::try_to_lock);
     for (Block& block : kept) {
+      if (!lock) break;
       const Block next = block;
       block = last;
       last = next;
@@ -82,8 +87,9 @@ KdMemory::~KdMemory() {
 }
 
 size_t kd_release_memory() {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const Lock lock(mutex, std::try_to_lock);
   size_t bytes = 0;
+  if (!lock) return bytes;
   for (Block& block : kept) {
     if (!block.data) continue;
     bytes += block.capacity;
