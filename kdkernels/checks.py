@@ -109,29 +109,32 @@ def check_tensors(
     """
     _check_kind("student_logits", student)
     _check_kind("teacher_logits", teacher)
-    if student.shape != teacher.shape:
+    shape, device = student.shape, student.device
+    if shape != teacher.shape:
         raise ValueError(
-            f"teacher_logits must have the shape of student_logits, {tuple(student.shape)}, "
+            f"teacher_logits must have the shape of student_logits, {tuple(shape)}, "
             f"got {tuple(teacher.shape)}"
         )
-    if student.dim() == 0 or student.shape[-1] == 0:
+    if not shape or shape[-1] == 0:
         raise ValueError(
-            f"student_logits must be (..., C) with C >= 1 classes last, got {tuple(student.shape)}"
+            f"student_logits must be (..., C) with C >= 1 classes last, got {tuple(shape)}"
         )
-    if teacher.device != student.device:
+    if teacher.device != device:
         _wrong_device("teacher_logits", teacher, student)
     if labels is not None:
-        _check_labels(labels, student)
+        _check_labels(labels, shape[:-1])
+        if labels.device != device:
+            _wrong_device("labels", labels, student)
     elif alpha < 1:
         raise ValueError(f"labels are missing: alpha must be 1 without them, got {alpha}")
     if weight is not None:
         check_weight(weight)
-        if weight.shape != student.shape[-1:]:
+        if weight.shape != shape[-1:]:
             raise ValueError(
-                f"weight must hold one value per class, shape ({student.shape[-1]},), "
+                f"weight must hold one value per class, shape ({shape[-1]},), "
                 f"got {tuple(weight.shape)}"
             )
-        if weight.device != student.device:
+        if weight.device != device:
             _wrong_device("weight", weight, student)
 
 
@@ -151,7 +154,7 @@ def _check_kind(name: str, tensor: Any, expected: str = "a Tensor") -> None:
         raise TypeError(f"{name} must be a strided (dense) Tensor, got {tensor.layout}")
 
 
-def _check_labels(labels: Any, student: Tensor) -> None:
+def _check_labels(labels: Any, shape: torch.Size) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a Tensor or None, got {type(labels).__name__}")
     if labels.dtype not in LABEL_DTYPES:
@@ -160,13 +163,11 @@ def _check_labels(labels: Any, student: Tensor) -> None:
         )
     if labels.layout is not torch.strided:
         raise TypeError(f"labels must be a strided (dense) Tensor, got {labels.layout}")
-    if labels.shape != student.shape[:-1]:
+    if labels.shape != shape:
         raise ValueError(
             f"labels must have the shape of the logits without the class dimension, "
-            f"{tuple(student.shape[:-1])}, got {tuple(labels.shape)}"
+            f"{tuple(shape)}, got {tuple(labels.shape)}"
         )
-    if labels.device != student.device:
-        _wrong_device("labels", labels, student)
 
 
 def _wrong_device(name: str, tensor: Tensor, student: Tensor) -> NoReturn:

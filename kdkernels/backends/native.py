@@ -31,10 +31,9 @@ def laid_out(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """
     if logits.is_neg():  # a lazy minus sign that a pointer does not show
         logits = logits.detach().resolve_neg()
-    shape = logits.shape
     if logits.is_contiguous():
-        return logits, (1, shape[-1], 0)
-    strides = logits.stride()
+        return logits, (1, logits.shape[-1], 0)
+    shape, strides = logits.shape, logits.stride()
     groups: list[tuple[int, int]] = []  # (size, stride) of runs of leading dimensions, inner first
     for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if groups and groups[-1][0] * groups[-1][1] == stride:
