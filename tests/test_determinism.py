@@ -7,6 +7,7 @@ bits must not depend on it; a forked child inherits the library but none of its 
 import concurrent.futures
 import gc
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -51,6 +52,24 @@ def result(s, t, y, **options):
 
 def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distill_ignored", [False, True])
+@pytest.mark.parametrize("classes", [1, 2, 10, 32, 33, 100, 600])
+def test_a_row_has_the_bits_that_it_has_alone(classes, distill_ignored, dtype):
+    """Short rows are computed together, whatever their neighbours hold."""
+    s, t, y = inputs(37, classes, dtype)
+    s[1] += 60 * torch.nn.functional.one_hot(y[1].clamp_min(0), classes)  # sure
+    s[3] = t[3] + 1e-4 * s[3]  # done again in double
+    s[5, 0], t[6, -1] = -math.inf, -math.inf
+    s[8] = math.nan
+    options = {"distill_ignored": distill_ignored, "reduction": "none", "temperature": 4.0}
+    together = result(s, t, y, **options)
+    for i in range(len(s)):
+        alone = result(s[i : i + 1], t[i : i + 1], y[i : i + 1], **options)
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b[i : i + 1].nan_to_num(7.0))
 
 
 # --- runs and thread counts --------------------------------------------------------------------

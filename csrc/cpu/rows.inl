@@ -27,206 +27,40 @@ namespace {
 
 #include "sweeps.inl"
 
-// Of an exponential: without FMA the products of the polynomial are rounded, too.
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr double kError = kEpsilon;
-#else
-constexpr double kError = 2 * kEpsilon;
-#endif
+#include "jobs.inl"
 
-// ---- rows --------------------------------------------------------------------------------------
+#include "narrow.inl"
 
-// What of a row was good enough in float32.
-enum Good { kNothing, kLoss, kAll };
-
-// A row under way, from its sums to its gradient.
-template <typename Real>
-struct Job {
-  int64_t row, label;
-  double at_label;  // the student's logit, which float64 in place overwrites
-  Power power, gradient_power;
-  Place<Real> place;
-  Scratch<Real> scratch;
-  Real maxima[2];  // in the place of scratch for those of a row of one block
-  Sums<Real> sums;
-  Factors f;
-  Sure sure;
-  Entry entries[2];
-  double squares;
-  Good good;
-};
-
-inline Power power_of(const KdProblem& p, int64_t row) {
-  if (!p.want_hard || !p.hard_active(row)) return kNoCrossEntropy;
-  const double t = p.temperature;
-  return t == 1 ? kFirst : t == 2 ? kSecond : t == 3 ? kThird : t == 4 ? kFourth : kOwnExponential;
-}
-
-template <typename Real>
-Place<Real> place_of(const KdProblem& p, int64_t row, const Scratch<Real>& scratch) {
-  Place<Real> place = {scratch.student, nullptr, false, false, false};
-  if (!p.grad) return place;
-  const int64_t width = element_size(p.student_dtype);
-  place.grad = (char*)p.grad + p.grad_rows.start(row) * width;
-  place.later = sizeof(Real) == 4 && p.grad == p.student;
-  place.direct = !place.later && width == sizeof(Real);
-  place.stream = !place.later && p.stream && can_stream(place.grad);
-  // The exponentials are left where the gradient will be, if they may.
-  if (place.direct && !place.stream) place.es = (Real*)place.grad;
-  return place;
-}
-
-template <typename Real, int P>
-void collect(const KdProblem& p, Job<Real>& job) {
-  if (P != kNoCrossEntropy) {
-    const int64_t start = p.student_rows.start(job.row) * element_size(p.student_dtype);
-    job.at_label = load_one<Real>((const char*)p.student + start, p.student_dtype, job.label);
+// Rows that are under way together.
+void visit_group(const KdProblem& p, Job<float>* jobs, int count, char* scratch) {
+  if (is_narrow(p)) {
+    visit_narrow(p, jobs, count, scratch);
+    for (int k = 0; k < count; ++k)
+      if (jobs[k].odd) visit(p, jobs + k, 1, scratch);
+  } else if (!p.in_double) {
+    visit(p, jobs, count, scratch);
   }
-  const auto sweep = p.grad ? sweep1<Real, P, true> : sweep1<Real, P, false>;
-  job.sums = sweep(p, job.row, job.place.es, job.scratch);
-}
-
-// The row's terms, and the factors of its gradient.
-template <typename Real>
-void conclude(const KdProblem& p, Job<Real>& job) {
-  job.good = kAll;
-  if (p.want_soft) {
-    p.soft[job.row] = soft_loss(p, job.sums);
-    if (!loss_is_exact(p, job.sums, p.soft[job.row], kError)) job.good = kNothing;
-  }
-  if (p.alpha > 0) soft_factors(p.scales, job.sums, job.f);
-  if (job.power == kNoCrossEntropy) return;
-  p.hard[job.row] = hard_loss(p, p.scales, job.sums, job.label, job.at_label, job.f);
-}
-
-// The entries of the gradient that cancel. They are blanked out of the sweep, which then adds only
-// the smoothing's share.
-template <typename Real, int P>
-void single_out(const KdProblem& p, Job<Real>& job) {
-  const bool hard = P != kNoCrossEntropy;
-  Real* const es = job.place.es;
-  job.sure = sure_class<Real, P>(p, job.sums, es, job.scratch);
-  job.entries[0] = label_entry<Real, P>(p, job.sums, job.f, es, job.scratch, job.label);
-  job.entries[1] = {job.sure.index, 0};
-  if (job.sure.index >= 0)
-    job.entries[1].gradient = sure_gradient(p, job.f, job.sure, hard, job.label);
-  if (job.sure.index == job.entries[0].index) job.entries[0].index = -1;
-  job.squares = 0;
-  for (const Entry& e : job.entries) {
-    if (e.index < 0) continue;
-    es[e.index] = job.scratch.teacher[e.index] = 0;
-    if (P == kOwnExponential) job.scratch.hard[e.index] = 0;
-    const double smooth = job.f.smooth * (p.weight ? p.weight[e.index] : 1.0);
-    job.squares += e.gradient * e.gradient - smooth * smooth;
-  }
-}
-
-// Sweep 2 with those entries put in, unless float32 was not enough; in place nothing is lost then.
-template <typename Real, int P>
-void write(const KdProblem& p, Job<Real>& job) {
-  const Place<Real>& place = job.place;
-  job.squares += sweep2<Real, P>(p, job.sums, job.f, place, job.scratch);
-  if (!gradient_is_exact(p, job.sums, job.f, P != kNoCrossEntropy, job.sure, job.squares, kError)) {
-    job.good = kLoss;
-    return;
-  }
-  if (place.later) store_block(place.es, p.classes, p.student_dtype, place.grad, 0, false);
-  for (const Entry& e : job.entries) {
-    const Real value = (Real)e.gradient;
-    if (e.index >= 0) store_block(&value, 1, p.student_dtype, place.grad, e.index, false);
-  }
-}
-
-template <typename Real>
-struct Steps {
-  void (*collect)(const KdProblem&, Job<Real>&);
-  void (*single_out)(const KdProblem&, Job<Real>&);
-  void (*write)(const KdProblem&, Job<Real>&);
-};
-template <typename Real, int P>
-constexpr Steps<Real> kSteps = {collect<Real, P>, single_out<Real, P>, write<Real, P>};
-
-template <typename Real>
-const Steps<Real>& steps_of(Power power) {
-  switch (power) {
-    case kNoCrossEntropy:
-      return kSteps<Real, kNoCrossEntropy>;
-    case kFirst:
-      return kSteps<Real, kFirst>;
-    case kSecond:
-      return kSteps<Real, kSecond>;
-    case kThird:
-      return kSteps<Real, kThird>;
-    case kFourth:
-      return kSteps<Real, kFourth>;
-    default:
-      return kSteps<Real, kOwnExponential>;
-  }
-}
-
-// Rows that are under way together: each waits for its maxima, its exponentials, a logarithm, a
-// division; what one waits for the others compute. Their scratch rows together are one block.
-constexpr int kGroup = 16;
-
-template <typename Real>
-void visit(const KdProblem& p, Job<Real>* jobs, int count, char* memory) {
-  const int64_t row_size = kd_scratch_row(p), place = (p.classes + 15) / 16 * 16;
-  Real* const base = (Real*)memory;
-  for (int k = 0; k < count; ++k) {
-    Job<Real>& job = jobs[k];
-    Real* const own = base + (p.grad ? k * place : 0);
-    Real* const maxima = base + 3 * row_size;
-    job.scratch = {own, own + row_size, own + 2 * row_size, maxima,
-                   maxima + p.classes / kBlock + 1};
-    if (p.classes <= kBlock) {
-      job.scratch.student_max = job.maxima;
-      job.scratch.teacher_max = job.maxima + 1;
-    }
-    job.f = {};
-    job.power = power_of(p, job.row);
-    // A cross entropy that is only logged leaves no trace in the gradient, not in its last bit.
-    job.gradient_power = p.alpha == 1 ? kNoCrossEntropy : job.power;
-    job.label = job.power == kNoCrossEntropy ? -1 : p.label(job.row);
-    job.place = place_of(p, job.row, job.scratch);
-    steps_of<Real>(job.power).collect(p, job);
-  }
-  for (int k = 0; k < count; ++k) conclude(p, jobs[k]);
-  if (!p.grad) return;
   for (int k = 0; k < count; ++k)
-    if (jobs[k].good == kAll) steps_of<Real>(jobs[k].gradient_power).single_out(p, jobs[k]);
-  for (int k = 0; k < count; ++k)
-    if (jobs[k].good == kAll) steps_of<Real>(jobs[k].gradient_power).write(p, jobs[k]);
-}
-
-void visit_again(const KdProblem& p, int64_t row, Good good, char* memory) {
-  const double soft = p.soft[row], hard = p.hard[row];
-  Job<double> job;
-  job.row = row;
-  visit(p, &job, 1, memory);
-  // A gradient done again leaves the loss alone: asking for one does not change the other.
-  if (good == kLoss) p.soft[row] = soft, p.hard[row] = hard;
+    if (jobs[k].good != kAll) visit_again(p, jobs[k].row, jobs[k].good, scratch);
 }
 
 }  // namespace
 
 extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* scratch) {
-  const int64_t width = element_size(p.student_dtype), place = (p.classes + 15) / 16 * 16;
-  const int64_t fit = p.in_double || place >= kBlock ? 1 : kBlock / place;
-  const int group = fit < kGroup ? (int)fit : kGroup;
+  const int64_t width = element_size(p.student_dtype);
+  const int group = group_size(p);
   Job<float> jobs[kGroup];
   int count = 0;
   for (int64_t i = begin; i < end; ++i) {
     p.soft[i] = p.hard[i] = 0;
-    if (!p.soft_active(i)) {  // not even read: it may hold NaN
-      if (p.grad) memset((char*)p.grad + p.grad_rows.start(i) * width, 0, p.classes * width);
-    } else {
+    if (p.soft_active(i)) {
       jobs[count].row = i;
       jobs[count++].good = kNothing;
+    } else if (p.grad) {  // not even read: it may hold NaN
+      memset((char*)p.grad + p.grad_rows.start(i) * width, 0, p.classes * width);
     }
     if (count < group && i + 1 < end) continue;
-    if (!p.in_double) visit(p, jobs, count, scratch);
-    for (int k = 0; k < count; ++k)
-      if (jobs[k].good != kAll) visit_again(p, jobs[k].row, jobs[k].good, scratch);
+    visit_group(p, jobs, count, scratch);
     count = 0;
   }
   if (p.stream) finish_streams();

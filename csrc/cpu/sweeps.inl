@@ -369,7 +369,14 @@ struct Entry {
   double gradient;
 };
 
-// The label's: r_y - 1 cancels.
+// The label's: r_y - 1 cancels. Of its exponentials, which f goes with.
+KD_INLINE double label_gradient(const KdProblem& p, const Factors& f, int64_t label, double student,
+                                double teacher, double hard) {
+  const double w = p.weight ? p.weight[label] : 1.0;
+  const double gradient = f.hard * hard - f.label + f.smooth * w;
+  return f.teacher == 0 ? gradient : gradient + (f.student * student - f.teacher * teacher);
+}
+
 template <typename Real, int P>
 Entry label_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
                   const Scratch<Real>& scratch, int64_t label) {
@@ -377,11 +384,8 @@ Entry label_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, 
   const Step step = step_to(p, sums, scratch, label / kBlock);
   const double x = es[label];
   const double z = P == kOwnExponential ? (double)scratch.hard[label] : (double)power<P>(x);
-  const double w = p.weight ? p.weight[label] : 1.0;
-  double gradient = f.hard * step.hard * z - f.label + f.smooth * w;
-  if (f.teacher != 0)
-    gradient += f.student * step.student * x - f.teacher * step.teacher * scratch.teacher[label];
-  return {label, gradient};
+  return {label, label_gradient(p, f, label, step.student * x,
+                                step.teacher * scratch.teacher[label], step.hard * z)};
 }
 
 // Sums over a block of all but the student's maximum. Its exponential is exactly 1 in the blocks
