@@ -2,7 +2,8 @@
 // gradient. Sweep 1 collects the row's statistics and leaves the exponentials in scratch (the
 // student's in the gradient row itself where that is of the same type); sweep 2 only rescales them.
 // Beside the gradient only a thread's scratch rows are written, which stay in its cache; a large
-// gradient goes past the caches, and then the student's exponentials are in scratch, too.
+// gradient goes past the caches, and then the student's exponentials are in scratch, too. Rows of
+// few classes are computed side by side instead, one in each lane.
 //
 // This source is compiled once per instruction set by the two-line files beside it. All of it has
 // internal linkage, but for the one entry point: an inline function shared by the linker could
