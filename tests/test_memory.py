@@ -68,9 +68,11 @@ def test_two_blocks_are_kept_and_no_more():
     assert kdkernels.empty_cache() == 0
 
 
-def test_a_small_request_does_not_take_a_large_block():
-    address = gradient(0, rows=4 * ROWS).data_ptr()
-    assert gradient(1).data_ptr() != address
+@pytest.mark.parametrize("sizes", [(ROWS, 4 * ROWS), (4 * ROWS, ROWS)])
+def test_a_block_that_is_too_small_or_much_too_large_is_not_taken(sizes):
+    kept, asked = sizes
+    address = gradient(0, rows=kept).data_ptr()
+    assert gradient(1, rows=asked).data_ptr() != address
 
 
 def test_a_gradient_is_a_tensor_like_any_other():
