@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -109,9 +110,11 @@ def cuda_architectures() -> tuple[list[str], bool]:
             "no NVIDIA GPU of sm_80 or later was visible (KDKERNELS_CUDA=1 builds all the same)"
         )
     if named:
-        return [
-            part.strip().removeprefix("sm_") for part in named.split(";") if part.strip()
-        ], False
+        parts = [part.strip().removeprefix("sm_") for part in named.split(";") if part.strip()]
+        for part in parts:
+            if not re.fullmatch(r"\d{2,3}[a-z]?", part):
+                raise RuntimeError(f"KDKERNELS_CUDA_ARCHS names {part!r}: expected such as 80;90")
+        return parts, False
     return (visible, False) if visible else (["80", "90"], True)
 
 

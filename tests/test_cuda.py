@@ -366,6 +366,7 @@ def test_the_gpu_of_the_logits_is_asked_and_no_other(monkeypatch):
         (["7.5"], {"KDKERNELS_CUDA": "1"}, (["80", "90"], True)),
         (["9.0"], {"KDKERNELS_CUDA_ARCHS": "sm_80, 100"}, (["80", "100"], False)),
         (["7.5"], {}, "sm_80 or later was visible"),
+        (["9.0"], {"KDKERNELS_CUDA_ARCHS": "80;hopper"}, "'hopper': expected such as 80;90"),
         (["9.0"], {"KDKERNELS_CUDA": "0"}, "KDKERNELS_CUDA=0"),
     ],
 )
