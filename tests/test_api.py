@@ -638,3 +638,17 @@ def test_a_missing_module_is_reported_and_the_reference_serves():
     assert assert_is_a_report(report)["cpu"][0] == "no"
     assert len(told.strip().split(" | ")) == 1
     assert re.search("slower reference.*'cpu' cannot run: .*(not built|import)", told)
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (4, 300_000)])
+def test_the_default_device_is_not_that_of_the_logits(shape):
+    """Set before the import, too, as scripts do: pointers of another device would be written to."""
+    script = (
+        "import torch; torch.set_default_device('meta'); import kdkernels\n"
+        f"x, t = torch.ones(2, *{shape}, device='cpu').unbind()\n"
+        "x = x.clone().requires_grad_()\n"
+        "loss = kdkernels.kd_loss(x, t, alpha=1.0)\n"
+        "(grad,) = torch.autograd.grad(loss, x, torch.ones((), device='cpu'))\n"
+        "assert loss.device.type == grad.device.type == 'cpu' and loss == 0 and not grad.any()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

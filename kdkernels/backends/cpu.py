@@ -23,9 +23,6 @@ except ImportError as error:
     _import_error = str(error)
 
 
-# empty_like of them takes half the time of empty(()).
-_SCALARS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
-
 # From here on gradients lie in memory that csrc/cpu/memory.cpp keeps from step to step: fresh pages
 # cost a step more than its arithmetic.
 KEPT_BYTES = 1 << 22
@@ -112,10 +109,9 @@ class CPUBackend:
         elif want_grad:
             grad = _new_gradient(student)
             grad_rows = (1, classes, 0)
-        scalar = _SCALARS[accumulation_dtype(student.dtype)]
-        loss = torch.empty_like(scalar)
-        if reduction == "none":
-            loss = scalar.new_empty(student.shape[:-1])
+        shape = student.shape[:-1] if reduction == "none" else ()
+        loss_dtype = accumulation_dtype(student.dtype)
+        loss = student.new_empty(shape, dtype=loss_dtype)
         soft = torch.empty_like(loss) if want_terms else None
         hard = torch.empty_like(loss) if want_terms else None
         grad_scale = _cpu.run(
