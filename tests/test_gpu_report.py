@@ -184,6 +184,18 @@ def test_targets_are_met_or_not_by_the_figures():
     assert mine[5]["measured"] == "40.0 against 30.0 µs"
 
 
+def same_width(text):
+    """Every row of a table has the cells of its header."""
+    width = None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = line.replace(r"\|", "").count("|")
+        width = width or cells
+        assert cells == width, line
+
+
 def test_every_row_of_a_table_has_the_cells_of_its_header(work):
     fractions = {COPY: 1.0, OURS: 0.9, EAGER: None}
     results, text = published(
@@ -193,14 +205,7 @@ def test_every_row_of_a_table_has_the_cells_of_its_header(work):
         steps=[{"name": "build", "outcome": "failed: a | b", "seconds": 1.0}],
         **{"checks-large": [{"step": "large", "name": "n", "passed": False, "detail": "d"}]},
     )
-    width = None
-    for line in text.splitlines():
-        if not line.startswith("|"):
-            width = None
-            continue
-        cells = line.replace(r"\|", "").count("|")
-        width = width or cells
-        assert cells == width, line
+    same_width(text)
     assert "| (8192, 4096) | 201.3 µs | 201.3 µs (100%) | 223.7 µs (90%) | out of memory |" in text
     assert "1.000 TB/s" in text
     assert "- large: n: d" in text

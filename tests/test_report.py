@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_gpu_report import same_width
 
 # At the end: kdkernels is to be the one that is installed.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -241,7 +242,20 @@ def test_memory_from_before_may_be_freed_meanwhile():
     }
 
 
-@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="Linux alone tells")
+def test_the_memory_that_is_kept_for_gradients_is_counted():
+    case = providers.Case(4, 300_000, 4.0, torch.float32)
+    array = case.teacher.nbytes
+    step = case.step(FUSED)
+    step.once()
+    found = memory.of(step, case.drop_gradient)
+    assert found["largest_bytes"] == array
+    assert array <= found["peak_bytes"] <= found["total_bytes"] < 1.01 * array
+    assert memory.of(case.step(FUSED, FORWARD), case.drop_gradient)["total_bytes"] < 0.01 * array
+
+
+@pytest.mark.skipif(
+    not memory.CLEAR_REFS.exists(), reason="resident memory is had from /proc, which is Linux's"
+)
 def test_resident_memory_grows_by_what_is_written_to():
     written = 64 << 20
 
@@ -334,18 +348,6 @@ def test_threads_and_temperatures_are_judged_by_their_curves(full):
 
 
 # --- Markdown and README --------------------------------------------------------------------------
-
-
-def same_width(text):
-    """Every row of a table has the cells of its header."""
-    width = None
-    for line in text.splitlines():
-        if not line.startswith("|"):
-            width = None
-            continue
-        cells = line.replace(r"\|", "").count("|")
-        width = width or cells
-        assert cells == width, line
 
 
 def test_the_report_says_what_was_measured(full):
