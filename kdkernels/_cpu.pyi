@@ -1,8 +1,24 @@
 # The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls it.
 
+from torch import Tensor
+
 _Rows = tuple[int, int, int]
 
+class Options:
+    """What does not change from call to call."""
+
+    def __init__(
+        self,
+        temperature: float,
+        alpha: float,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: int,
+        distill_ignored: bool,
+    ) -> None: ...
+
 def run(
+    options: Options,
     student: int,
     teacher: int,
     labels: int,
@@ -19,12 +35,17 @@ def run(
     student_dtype: int,
     teacher_dtype: int,
     labels_are_int64: bool,
-    temperature: float,
-    alpha: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    distill_ignored: bool,
+    threads: int,
+) -> float: ...
+def use_tensors(table: object, types: list[type]) -> None: ...
+def is_plain(student: object, teacher: object, labels: object) -> bool: ...
+def run_plain(
+    options: Options,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    grad: Tensor | None,
+    loss: Tensor,
     threads: int,
 ) -> float: ...
 

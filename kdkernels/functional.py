@@ -206,24 +206,41 @@ def kd_loss(
         return_terms,
         backend,
     )
-    check_tensors(student_logits, teacher_logits, labels, weight, options.alpha)
-    needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    return checked_loss(
+        student_logits, teacher_logits, labels, weight, options, inplace, return_terms, backend
+    )
+
+
+def checked_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    inplace: bool,
+    return_terms: bool,
+    backend: str | None,
+) -> Tensor | KDTerms:
+    """:func:`kd_loss` once its options have been checked."""
+    chosen: backends.Backend = backends.PLAIN_CPU
+    special = weight is not None or inplace or return_terms or backend not in (None, "cpu")
+    if special or not backends.PLAIN_CPU.serves(student, teacher, labels):
+        check_tensors(student, teacher, labels, weight, options.alpha)
+        chosen = backends.select(backend, student.device, student.dtype, teacher.dtype)
+        if inplace:
+            check_inplace(student, teacher, labels, weight)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
     if forward_ad._current_level >= 0:
         needs_grad = (
             True  # autograd refuses forward mode there; elsewhere the tangent would be lost
         )
-    chosen = backends.select(
-        backend, student_logits.device, student_logits.dtype, teacher_logits.dtype
-    )
-    if inplace:
-        check_inplace(student_logits, teacher_logits, labels, weight)
     if needs_grad and (chosen.name != "reference" or inplace):
-        call = _Call(teacher_logits, labels, weight, options, chosen, inplace, return_terms)
-        result = _FusedKDLoss.apply(student_logits, call)
+        call = _Call(teacher, labels, weight, options, chosen, inplace, return_terms)
+        result = _FusedKDLoss.apply(student, call)
         if inplace:
-            _Overwritten.apply(student_logits)
+            _Overwritten.apply(student)
         return KDTerms(*result) if return_terms else result
     loss, soft, hard, *_ = chosen.run(
-        student_logits, teacher_logits, labels, weight, options, return_terms, False, False
+        student, teacher, labels, weight, options, return_terms, False, False
     )
     return KDTerms(loss, soft, hard) if return_terms else loss  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import inspect
 from torch import Tensor, nn
 
 from kdkernels.checks import check_options, check_weight
-from kdkernels.functional import kd_loss
+from kdkernels.functional import checked_loss
 from kdkernels.reference import KDTerms
 
 
@@ -86,20 +86,28 @@ class FusedKDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
     ) -> Tensor | KDTerms:
-        return kd_loss(
+        options = check_options(
+            self.temperature,
+            self.alpha,
+            self.ignore_index,
+            self.label_smoothing,
+            self.reduction,
+            self.distill_ignored,
+            self.inplace,
+            self.return_terms,
+            self.backend,
+        )
+        # The buffer is taken from where nn.Module would look for it last.
+        weight = self._buffers["weight"]
+        return checked_loss(
             student_logits,
             teacher_logits,
             labels,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            weight=self.weight,
-            reduction=self.reduction,
-            distill_ignored=self.distill_ignored,
-            inplace=self.inplace,
-            return_terms=self.return_terms,
-            backend=self.backend,
+            weight,
+            options,
+            self.inplace,
+            self.return_terms,
+            self.backend,
         )
 
     def extra_repr(self) -> str:

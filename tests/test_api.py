@@ -176,7 +176,7 @@ def test_inplace_takes_effect(backend):
 @pytest.mark.parametrize("as_attribute", [False, True])
 def test_the_named_backend_is_the_one_that_runs(backend, as_attribute, monkeypatch):
     ran = []
-    for name, instance in backends.BACKENDS.items():
+    for name, instance in (*backends.BACKENDS.items(), ("cpu", backends.PLAIN_CPU)):
 
         def run(*arguments, name=name, real=instance.run):
             ran.append(name)

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from kdkernels.backends.base import Backend, Result
-from kdkernels.backends.cpu import CPUBackend
+from kdkernels.backends.cpu import CPUBackend, PlainCPUBackend
 from kdkernels.backends.cuda import CUDABackend
 from kdkernels.backends.reference import ReferenceBackend
 from kdkernels.backends.triton import TritonBackend
@@ -22,6 +22,7 @@ BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CPUBackend(), CUDABackend(), TritonBackend(), ReferenceBackend())
 }
 NAMES = tuple(BACKENDS)
+PLAIN_CPU = PlainCPUBackend()
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,7 +47,7 @@ def select(
                 warnings.warn(
                     f"kdkernels uses the slower reference: {'; '.join(reasons)}",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             return backend
         if device.type in backend.device_types:
@@ -63,4 +64,4 @@ def report() -> list[tuple[str, bool, str]]:
     return rows
 
 
-__all__ = ["BACKENDS", "NAMES", "Backend", "Result", "report", "select"]
+__all__ = ["BACKENDS", "NAMES", "PLAIN_CPU", "Backend", "Result", "report", "select"]

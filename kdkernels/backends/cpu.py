@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ except ImportError as error:
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
 
+# torch describes its tensors to native code from 2.10 on. Before, no call is plain.
+_table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+if _cpu is not None and _table is not None:
+    _cpu.use_tensors(_table, [torch.Tensor, torch.nn.Parameter])
+
 
 # From here on gradients lie in memory that csrc/cpu/memory.cpp keeps from step to step: fresh pages
 # cost a step more than its arithmetic.
@@ -36,6 +42,13 @@ def _new_gradient(student: Tensor) -> Tensor:
         return torch.empty_like(student, memory_format=torch.contiguous_format)
     memory = _cpu.Memory(student.nbytes)
     return torch.frombuffer(memory, dtype=student.dtype).resize_(student.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _native(options: Options) -> _cpu.Options:
+    temperature, alpha, ignore_index, smoothing, reduction, distill_ignored = options
+    code = REDUCTION_CODES[reduction]
+    return _cpu.Options(temperature, alpha, ignore_index, smoothing, code, distill_ignored)
 
 
 def empty_cache() -> int:
@@ -92,7 +105,6 @@ class CPUBackend:
         want_grad: bool,
         inplace: bool,
     ) -> Result:
-        temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored = options
         classes = student.shape[-1]
         source, student_rows = laid_out(student)
         teacher, teacher_rows = laid_out(teacher)
@@ -109,12 +121,13 @@ class CPUBackend:
         elif want_grad:
             grad = _new_gradient(student)
             grad_rows = (1, classes, 0)
-        shape = student.shape[:-1] if reduction == "none" else ()
+        shape = student.shape[:-1] if options.reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)
         loss = student.new_empty(shape, dtype=loss_dtype)
         soft = torch.empty_like(loss) if want_terms else None
         hard = torch.empty_like(loss) if want_terms else None
         grad_scale = _cpu.run(
+            _native(options),
             address("student_logits", source),
             address("teacher_logits", teacher),
             0 if labels is None else address("labels", labels),
@@ -131,14 +144,48 @@ class CPUBackend:
             DTYPE_CODES[student.dtype],
             DTYPE_CODES[teacher.dtype],
             labels is not None and labels.dtype == torch.int64,
-            temperature,
-            alpha,
-            ignore_index,
-            label_smoothing,
-            REDUCTION_CODES[reduction],
-            distill_ignored,
             torch.get_num_threads(),
         )
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
         return Result(loss, soft, hard, grad, grad_scale)
+
+
+class PlainCPUBackend(CPUBackend):
+    """The short way to the same kernels, for calls that need no preparation.
+
+    A small batch costs less than looking at its tensors from Python: native code looks at them
+    itself, and says no to whatever it is not sure of, which then takes the long way through the
+    argument checks.
+    """
+
+    def serves(self, student: Any, teacher: Any, labels: Any) -> bool:
+        """Whether these are sound arguments, and contiguous float and label tensors on the CPU."""
+        return _cpu is not None and _cpu.is_plain(student, teacher, labels)
+
+    def run(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        options: Options,
+        want_terms: bool,
+        want_grad: bool,
+        inplace: bool,
+    ) -> Result:
+        """As :class:`Backend`'s, without weight, want_terms and inplace."""
+        assert labels is not None  # or it were not plain
+        grad = _new_gradient(student) if want_grad else None
+        if options.reduction == "none":
+            loss = student.new_empty(student.shape[:-1], dtype=accumulation_dtype(student.dtype))
+        else:
+            loss = torch.empty_like(_SCALARS[student.dtype])  # new_empty takes twice as long
+        threads = torch.get_num_threads()
+        grad_scale = _cpu.run_plain(_native(options), student, teacher, labels, grad, loss, threads)
+        return Result(loss, None, None, grad, grad_scale)
+
+
+_SCALARS = {
+    dtype: torch.empty((), dtype=accumulation_dtype(dtype), device="cpu") for dtype in DTYPE_CODES
+}
