@@ -1,6 +1,9 @@
 // The maths of one row once its sums are known: its two terms, the factors of its gradient, and
-// whether float32 is enough for them. The same code on the CPU and on the GPU. Included inside an
-// anonymous namespace, after math.h and problem.h.
+// whether float32 is enough for them. The same code on the CPU and on the GPU, and for one row (D
+// is double) or for several, a row in each lane of a vector. Included inside an anonymous
+// namespace, after math.h and problem.h, and after the vectors, if there are any.
+
+KD_INLINE double natural_log(double x) { return log(x); }
 
 // A product rounded where it stands: contracting a*x - b*y into one FMA rounds only one of the two,
 // and teacher = student would leave a gradient of rounding errors instead of 0. The CUDA units are
@@ -55,43 +58,63 @@ KD_INLINE void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max
 }
 
 // What a row's exponentials are multiplied with to make its gradient.
-struct Factors {
-  double student, teacher;  // of q and p
-  double hard;              // of r
-  double smooth;            // of the class weights: -epsilon / C
-  double smooth_total;      // the same summed over the classes, without its sign
-  double label;             // taken off at the label
+template <typename D>
+struct FactorsOf {
+  D student, teacher;   // of q and p
+  D hard;               // of r
+  double smooth;        // of the class weights: -epsilon / C
+  double smooth_total;  // the same summed over the classes, without its sign
+  D label;              // taken off at the label
 };
+typedef FactorsOf<double> Factors;
 
-template <typename Real>
-KD_INLINE double soft_loss(const KdLoss& p, const Sums<Real>& sums) {
+// T^2 KL of sums that are finite, or NaN.
+template <typename S>
+KD_INLINE auto divergence(const KdLoss& p, const S& sums) {
   const double t = p.temperature;
-  double kl = sums.cross / (sums.teacher * t) + log(sums.student / sums.teacher);
-  if (kl < 0) kl = 0;  // rounding; KL is not negative
-  if (sums.masked && kl == kl) kl = INFINITY;
-  if (!(sums.student > 0)) kl = NAN;  // every class masked: no distribution
-  return t * t * kl;
+  auto kl = sums.cross / (sums.teacher * t) + natural_log(sums.student / sums.teacher);
+  return t * t * (kl < 0.0 ? decltype(kl){} : kl);  // rounding; KL is not negative
 }
 
 template <typename Real>
-KD_INLINE void soft_factors(const KdScales& scales, const Sums<Real>& sums, Factors& f) {
+KD_INLINE double soft_loss(const KdLoss& p, const Sums<Real>& sums) {
+  const double loss = divergence(p, sums);
+  if (!(sums.student > 0)) return NAN;  // every class masked: no distribution
+  return sums.masked && loss == loss ? INFINITY : loss;
+}
+
+template <typename S, typename D>
+KD_INLINE void soft_factors(const KdScales& scales, const S& sums, FactorsOf<D>& f) {
   f.student = scales.soft_scale / sums.student;
   f.teacher = scales.soft_scale / sums.teacher;
 }
 
-// The cross entropy of a row, and its factors of the gradient.
-template <typename Real>
-KD_INLINE double hard_loss(const KdLoss& p, const KdScales& scales, const Sums<Real>& sums,
-                           int64_t label, double at_label, Factors& f) {
-  const double w = p.weight ? p.weight[label] : 1.0, epsilon = p.label_smoothing;
-  const double smooth = epsilon / (double)p.classes;
+// The cross entropy, and its factors of the gradient. Of the label: its weight, its logit.
+template <typename S, typename D>
+KD_INLINE D cross_entropy(const KdLoss& p, const KdScales& scales, const S& sums, D max, D w,
+                          D at_label, FactorsOf<D>& f) {
+  const double epsilon = p.label_smoothing, smooth = epsilon / (double)p.classes;
   f.smooth = -scales.hard_scale * smooth;
   f.smooth_total = scales.hard_scale * smooth * scales.weight_sum;
   f.label = scales.hard_scale * (1 - epsilon) * w;
   f.hard = (f.label + f.smooth_total) / sums.hard;
-  const double lse = log(sums.hard), max = reference_of(sums.student_max);
-  const double loss = (1 - epsilon) * w * (lse - (at_label - max));
-  return epsilon > 0 ? loss + smooth * (scales.weight_sum * (lse + max) - sums.smooth) : loss;
+  const D lse = natural_log(sums.hard), loss = (1 - epsilon) * w * (lse - (at_label - max));
+  if (!(epsilon > 0)) return loss;
+  return loss + smooth * (scales.weight_sum * (lse + max) - sums.smooth);
+}
+
+template <typename Real>
+KD_INLINE double hard_loss(const KdLoss& p, const KdScales& scales, const Sums<Real>& sums,
+                           int64_t label, double at_label, Factors& f) {
+  const double w = p.weight ? p.weight[label] : 1.0, max = reference_of(sums.student_max);
+  return cross_entropy(p, scales, sums, max, w, at_label, f);
+}
+
+// The label's entry of the gradient, of its weight and exponentials; r_y - 1 cancels in float32.
+template <typename D>
+KD_INLINE D label_gradient(const FactorsOf<D>& f, D w, D student, D teacher, D hard) {
+  const D gradient = f.hard * hard - f.label + f.smooth * w;
+  return f.teacher == 0.0 ? gradient : gradient + (f.student * student - f.teacher * teacher);
 }
 
 // The class the student is sure of, and the sums of all other classes' exponentials. Its entry of
@@ -111,16 +134,22 @@ KD_INLINE bool is_sure(const Sums<Real>& sums, bool hard) {
   return sums.student < 1.5 || sure_by_hard(sums, hard);
 }
 
-// Its entry of the gradient, 1 - q, 1 - p and 1 - r being had from the other classes.
-KD_INLINE double sure_gradient(const KdLoss& p, const Factors& f, const Sure& sure, bool hard,
-                               int64_t label) {
-  double gradient =
-      f.student == 0 ? 0 : rounded(f.teacher * sure.teacher) - rounded(f.student * sure.student);
+// Its entry of the gradient, 1 - q, 1 - p and 1 - r being had from the other classes; `w` is its
+// weight.
+template <typename D, typename S, typename Mask>
+KD_INLINE D sure_gradient(const FactorsOf<D>& f, const S& others, bool hard, D w, Mask on_label) {
+  const D soft = rounded(f.teacher * others.teacher) - rounded(f.student * others.student);
+  D gradient = f.student == 0.0 ? D{} : soft;
   if (!hard) return gradient;
   // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
+  gradient += f.smooth_total - f.hard * others.hard + f.smooth * w;
+  return on_label ? gradient : gradient + f.label;
+}
+
+KD_INLINE double sure_gradient(const KdLoss& p, const Factors& f, const Sure& sure, bool hard,
+                               int64_t label) {
   const double w = p.weight ? p.weight[sure.index] : 1.0;
-  gradient += f.smooth_total - f.hard * sure.hard + f.smooth * w;
-  return label == sure.index ? gradient : gradient + f.label;
+  return sure_gradient(f, sure, hard, w, label == sure.index);
 }
 
 // ---- is float32 enough? ------------------------------------------------------------------------
@@ -135,38 +164,55 @@ constexpr double kLossBound = 2e-6;  // what the package promises, of 1 + loss
 KD_INLINE double gradient_bound(KdDtype dtype) { return dtype == kFloat32 ? 1e-6 : 0x1p-13; }
 
 // At most the sum of the squared probabilities, of which the largest is 1 / sum.
-KD_INLINE double squared(double sum) { return 1 / sum; }
+template <typename D>
+KD_INLINE D squared(D sum) {
+  return 1.0 / sum;
+}
 // The same for some of them, whose exponentials add up to `others`.
-KD_INLINE double squared(double others, double sum) {
-  return (others < 1 ? others * others : others) / (sum * sum);
+template <typename D>
+KD_INLINE D squared(D others, D sum) {
+  return (others < 1.0 ? others * others : others) / (sum * sum);
 }
 
 // The errors of the exponentials do not average out over the classes, as equal logits have equal
 // ones. The largest is exactly 1, but is rounded when another is added: both sums are off by up to
 // epsilon of themselves, and so are their logarithms. At T <= 4 and 2^-24 no loss is at risk.
+template <typename D>
+KD_INLINE auto loss_at_risk(const KdLoss& p, D loss, double epsilon) {
+  return 2 * epsilon * p.temperature * p.temperature > kLossBound * (1.0 + loss);
+}
+
 template <typename Real>
 KD_INLINE bool loss_is_exact(const KdLoss& p, const Sums<Real>& sums, double loss, double epsilon) {
   if (sizeof(Real) == 8) return true;
   if (loss == INFINITY && !sums.masked) return false;  // logits near the largest number
-  const double error = 2 * epsilon * p.temperature * p.temperature;
-  return !(error > kLossBound * (1 + loss));  // NaN is as exact as it gets
+  return !loss_at_risk(p, loss, epsilon);              // NaN is as exact as it gets
+}
+
+// `squares`: of the gradient; `sured`: one of its entries was had from the sums over `others`.
+template <typename S, typename D, typename O, typename Mask>
+KD_INLINE auto gradient_at_risk(const KdLoss& p, const S& sums, const FactorsOf<D>& f, bool hard,
+                                Mask sured, const O& others, D squares, double epsilon) {
+  const D soft_scale = f.student * sums.student;
+  const D soft = sured
+                     ? squared(others.student, sums.student) + squared(others.teacher, sums.teacher)
+                     : squared(sums.student) + squared(sums.teacher);
+  D error = soft_scale == 0.0 ? D{} : soft_scale * soft_scale * soft;
+  if (hard) {
+    const D scale = f.hard * sums.hard;
+    const D share = sured ? squared(others.hard, sums.hard) : squared(sums.hard);
+    error += scale == 0.0 ? D{} : scale * scale * share;
+  }
+  const double bound = gradient_bound(p.student_dtype);
+  return error * (epsilon * epsilon) > squares * (bound * bound);
 }
 
 template <typename Real>
 KD_INLINE bool gradient_is_exact(const KdLoss& p, const Sums<Real>& sums, const Factors& f,
                                  bool hard, const Sure& sure, double squares, double epsilon) {
   if (sizeof(Real) == 8) return true;
-  const bool sured = sure.index >= 0;
   if (!hard && squares == 0 && sums.cross == 0) return true;  // teacher = student
-  double error = 0;
-  if (const double scale = f.student * sums.student; scale != 0)
-    error += scale * scale *
-             (sured ? squared(sure.student, sums.student) + squared(sure.teacher, sums.teacher)
-                    : squared(sums.student) + squared(sums.teacher));
-  if (const double scale = f.hard * sums.hard; hard && scale != 0)
-    error += scale * scale * (sured ? squared(sure.hard, sums.hard) : squared(sums.hard));
-  const double bound = gradient_bound(p.student_dtype);
-  return !(error * epsilon * epsilon > squares * bound * bound);
+  return !gradient_at_risk(p, sums, f, hard, sure.index >= 0, sure, squares, epsilon);
 }
 
 // ---- the batch ----------------------------------------------------------------------------------

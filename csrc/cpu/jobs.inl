@@ -1,5 +1,5 @@
-// A row's way from its logits to its gradient, by the sweeps. Included inside an anonymous
-// namespace, after sweeps.inl.
+// A row's way from its logits to its gradient, by itself. Included inside an anonymous namespace,
+// after sweeps.inl.
 
 // Of an exponential: without FMA the products of the polynomial are rounded, too.
 #if defined(__FMA__) || defined(__aarch64__)
@@ -19,14 +19,12 @@ struct Job {
   Power power, gradient_power;
   Place<Real> place;
   Scratch<Real> scratch;
-  Real maxima[2];  // in the place of scratch for those of a row of one block
   Sums<Real> sums;
   Factors f;
   Sure sure;
   Entry entries[2];
   double squares;
   Good good;
-  bool odd;  // a logit is no number
 };
 
 inline Power power_of(const KdProblem& p, int64_t row) {
@@ -49,17 +47,26 @@ Place<Real> place_of(const KdProblem& p, int64_t row, const Scratch<Real>& scrat
   return place;
 }
 
+// A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
+inline Power gradient_power_of(const KdProblem& p, Power power) {
+  return p.alpha == 1 ? kNoCrossEntropy : power;
+}
+
+// The student's logit of a class.
+template <typename Real>
+Real logit_of(const KdProblem& p, int64_t row, int64_t index) {
+  const int64_t start = p.student_rows.start(row) * element_size(p.student_dtype);
+  return load_one<Real>((const char*)p.student + start, p.student_dtype, index);
+}
+
 template <typename Real>
 void prepare(const KdProblem& p, Job<Real>& job) {
-  job.good = kNothing;
   job.f = {};
   job.power = power_of(p, job.row);
-  // A cross entropy that is only logged leaves no trace in the gradient, not even in its last bit.
-  job.gradient_power = p.alpha == 1 ? kNoCrossEntropy : job.power;
+  job.gradient_power = gradient_power_of(p, job.power);
   if (job.power == kNoCrossEntropy) return;
   job.label = p.label(job.row);
-  const int64_t start = p.student_rows.start(job.row) * element_size(p.student_dtype);
-  job.at_label = load_one<Real>((const char*)p.student + start, p.student_dtype, job.label);
+  job.at_label = logit_of<Real>(p, job.row, job.label);
 }
 
 template <typename Real, int P>
@@ -146,46 +153,33 @@ const Steps<Real>& steps_of(Power power) {
   }
 }
 
-// Rows that are under way together: each waits for its maxima, its exponentials, a logarithm, a
-// division; what one waits for the others compute. Their scratch rows together are one block.
-constexpr int kGroup = 16;
-
-inline int group_size(const KdProblem& p) {
-  const int64_t place = (p.classes + 15) / 16 * 16, fit = kBlock / place;
-  return p.in_double || fit < 2 ? 1 : fit < kGroup ? (int)fit : kGroup;
+template <typename Real>
+Scratch<Real> scratch_of(const KdProblem& p, char* memory) {
+  const int64_t row_size = kd_scratch_row(p);
+  Real* const base = (Real*)memory;
+  Real* const maxima = base + 3 * row_size;
+  return {base, base + row_size, base + 2 * row_size, maxima, maxima + p.classes / kBlock + 1};
 }
 
 template <typename Real>
-void visit(const KdProblem& p, Job<Real>* jobs, int count, char* memory) {
-  const int64_t row_size = kd_scratch_row(p), place = (p.classes + 15) / 16 * 16;
-  Real* const base = (Real*)memory;
-  for (int k = 0; k < count; ++k) {
-    Job<Real>& job = jobs[k];
-    Real* const own = base + (p.grad ? k * place : 0);
-    Real* const maxima = base + 3 * row_size;
-    job.scratch = {own, own + row_size, own + 2 * row_size, maxima,
-                   maxima + p.classes / kBlock + 1};
-    if (p.classes <= kBlock) {
-      job.scratch.student_max = job.maxima;
-      job.scratch.teacher_max = job.maxima + 1;
-    }
-    prepare(p, job);
-    job.place = place_of(p, job.row, job.scratch);
-    steps_of<Real>(job.power).collect(p, job);
-  }
-  for (int k = 0; k < count; ++k) conclude(p, jobs[k]);
-  if (!p.grad) return;
-  for (int k = 0; k < count; ++k)
-    if (jobs[k].good == kAll) steps_of<Real>(jobs[k].gradient_power).single_out(p, jobs[k]);
-  for (int k = 0; k < count; ++k)
-    if (jobs[k].good == kAll) steps_of<Real>(jobs[k].gradient_power).write(p, jobs[k]);
+Good visit(const KdProblem& p, int64_t row, char* memory) {
+  Job<Real> job;
+  job.row = row;
+  job.scratch = scratch_of<Real>(p, memory);
+  prepare(p, job);
+  job.place = place_of(p, row, job.scratch);
+  steps_of<Real>(job.power).collect(p, job);
+  conclude(p, job);
+  if (!p.grad || job.good != kAll) return job.good;
+  const Steps<Real>& steps = steps_of<Real>(job.gradient_power);
+  steps.single_out(p, job);
+  steps.write(p, job);
+  return job.good;
 }
 
 void visit_again(const KdProblem& p, int64_t row, Good good, char* memory) {
   const double soft = p.soft[row], hard = p.hard[row];
-  Job<double> job;
-  job.row = row;
-  visit(p, &job, 1, memory);
+  visit<double>(p, row, memory);
   // A gradient done again leaves the loss alone: asking for one does not change the other.
   if (good == kLoss) p.soft[row] = soft, p.hard[row] = hard;
 }

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #include "problem.h"
 
 #if defined(__AVX2__)
@@ -20,49 +22,61 @@
 
 namespace {
 
-#include "../row_math.inl"
-
 #include "vectors.inl"
 
+#include "../row_math.inl"
+
 #include "elements.inl"
+
+#include "transpose.inl"
 
 #include "sweeps.inl"
 
 #include "jobs.inl"
 
+#include "groups.inl"
+
 #include "narrow.inl"
 
-// Rows that are under way together.
-void visit_group(const KdProblem& p, Job<float>* jobs, int count, char* scratch) {
-  if (is_narrow(p)) {
-    visit_narrow(p, jobs, count, scratch);
-    for (int k = 0; k < count; ++k)
-      if (jobs[k].odd) visit(p, jobs + k, 1, scratch);
-  } else if (!p.in_double) {
-    visit(p, jobs, count, scratch);
+// Rows of one kind that are under way together. What is left over of them goes its own way.
+void visit_group(const KdProblem& p, Group& group, char* scratch) {
+  is_narrow(p) ? visit_narrow(p, group, scratch) : visit_wide(p, group, scratch);
+  for (int k = 0; k < group.count; ++k) {
+    Good good = group.good[k];
+    if (group.odd[k]) good = visit<float>(p, group.row[k], scratch);
+    if (good != kAll) visit_again(p, group.row[k], good, scratch);
   }
-  for (int k = 0; k < count; ++k)
-    if (jobs[k].good != kAll) visit_again(p, jobs[k].row, jobs[k].good, scratch);
+  group.count = 0;
+}
+
+void visit_alone(const KdProblem& p, int64_t row, char* scratch) {
+  const Good good = p.in_double ? kNothing : visit<float>(p, row, scratch);
+  if (good != kAll) visit_again(p, row, good, scratch);
 }
 
 }  // namespace
 
 extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* scratch) {
   const int64_t width = element_size(p.student_dtype);
-  const int group = group_size(p);
-  Job<float> jobs[kGroup];
-  int count = 0;
+  const int size = group_size(p);
+  Group groups[2] = {};  // without the cross entropy and with it
   for (int64_t i = begin; i < end; ++i) {
     p.soft[i] = p.hard[i] = 0;
     if (p.soft_active(i)) {
-      jobs[count].row = i;
-      jobs[count++].good = kNothing;
+      if (size == 1) {
+        visit_alone(p, i, scratch);
+        continue;
+      }
+      const Power power = power_of(p, i);
+      Group& group = groups[power != kNoCrossEntropy];
+      group.power = power;
+      group.row[group.count++] = i;
+      if (group.count == size) visit_group(p, group, scratch);
     } else if (p.grad) {  // not even read: it may hold NaN
       memset((char*)p.grad + p.grad_rows.start(i) * width, 0, p.classes * width);
     }
-    if (count < group && i + 1 < end) continue;
-    visit_group(p, jobs, count, scratch);
-    count = 0;
   }
+  for (Group& group : groups)
+    if (group.count) visit_group(p, group, scratch);
   if (p.stream) finish_streams();
 }

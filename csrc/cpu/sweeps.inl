@@ -155,11 +155,11 @@ struct Ahead {
 };
 
 template <typename Real, int P, bool kStore>
-void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sums<Real>& sums,
-                  Real* out_s, Real* out_t, Real* out_hard, Ahead& ahead) {
+void exponentials(const Real* s, const Real* t, int64_t n, const Exponent<Real>& soft_exponent,
+                  Sums<Real>& sums, Real* out_s, Real* out_t, Real* out_hard, Ahead& ahead) {
   typedef Vec<Real> V;
   constexpr int L = Lanes<Real>::kCount;
-  const Exponent<Real> soft_exponent(kLog2E * inverse_t), hard_exponent(kLog2E);
+  const Exponent<Real> hard_exponent(kLog2E);
   const V student_max = splat<Real>(reference_of(sums.student_max));
   const V teacher_max = splat<Real>(reference_of(sums.teacher_max));
   const V masked = splat<Real>(lowest_number(Real()));
@@ -226,6 +226,15 @@ void exponentials(const Real* s, const Real* t, int64_t n, double inverse_t, Sum
   sums.hard += hard.total();
 }
 
+// Of the logits from class `first` on, for label smoothing.
+template <typename Real>
+double weighted_sum(const KdProblem& p, const Real* logits, int64_t first, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i)
+    sum += p.weight ? p.weight[first + i] * logits[i] : (double)logits[i];
+  return sum;
+}
+
 template <typename Real, int P, bool kStore>
 Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Real>& scratch) {
   const int64_t student_width = element_size(p.student_dtype);
@@ -240,6 +249,7 @@ Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Re
   const char *const student = student_row(row), *const teacher = teacher_row(row);
   Sums<Real> sums = {(Real)-INFINITY, (Real)-INFINITY, 0, 0, 0, 0, 0, false};
   const double inverse_t = 1.0 / p.temperature;
+  const Exponent<Real> soft_exponent(kLog2E * inverse_t);
   const bool smoothing = P != kNoCrossEntropy && p.label_smoothing > 0;
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
@@ -253,11 +263,9 @@ Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Re
     if (s.low == -INFINITY)
       for (int64_t i = 0; i < n; ++i)
         sums.masked |= s.values[i] == -INFINITY && t.values[i] > -INFINITY;
-    if (smoothing)
-      for (int64_t i = 0; i < n; ++i)
-        sums.smooth += p.weight ? p.weight[first + i] * s.values[i] : (double)s.values[i];
+    if (smoothing) sums.smooth += weighted_sum(p, s.values, first, n);
     raise_maxima(sums, s.high, t.high, inverse_t);
-    exponentials<Real, P, kStore>(s.values, t.values, n, inverse_t, sums, out_s + at,
+    exponentials<Real, P, kStore>(s.values, t.values, n, soft_exponent, sums, out_s + at,
                                   scratch.teacher + at, scratch.hard + at, ahead);
     if (kStore) {
       scratch.student_max[b] = sums.student_max;
@@ -309,10 +317,9 @@ double gradient_block(const Real* es, const Real* et, const Real* e1, int64_t n,
   if (const int64_t left = n - i) {
     const Real zero = 0;
     const V z = P == kOwnExponential ? load_part(e1 + i, left, zero) : V{};
-    store_part(out + i, left,
-               step(load_part(es + i, left, zero), load_part(et + i, left, zero), z));
-    const V g = load_part(out + i, left, zero);  // the lanes beyond hold -d
-    squares += g * g;
+    const V g = step(load_part(es + i, left, zero), load_part(et + i, left, zero), z);
+    store_part(out + i, left, g);
+    squares += keep_part(g * g, left);  // the lanes beyond hold -d
   }
   WideSum<Real> sum;
   sum.add(squares);
@@ -369,14 +376,6 @@ struct Entry {
   double gradient;
 };
 
-// The label's: r_y - 1 cancels. Of its exponentials, which f goes with.
-KD_INLINE double label_gradient(const KdProblem& p, const Factors& f, int64_t label, double student,
-                                double teacher, double hard) {
-  const double w = p.weight ? p.weight[label] : 1.0;
-  const double gradient = f.hard * hard - f.label + f.smooth * w;
-  return f.teacher == 0 ? gradient : gradient + (f.student * student - f.teacher * teacher);
-}
-
 template <typename Real, int P>
 Entry label_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, const Real* es,
                   const Scratch<Real>& scratch, int64_t label) {
@@ -384,7 +383,7 @@ Entry label_entry(const KdProblem& p, const Sums<Real>& sums, const Factors& f, 
   const Step step = step_to(p, sums, scratch, label / kBlock);
   const double x = es[label];
   const double z = P == kOwnExponential ? (double)scratch.hard[label] : (double)power<P>(x);
-  return {label, label_gradient(p, f, label, step.student * x,
+  return {label, label_gradient(f, p.weight ? p.weight[label] : 1.0, step.student * x,
                                 step.teacher * scratch.teacher[label], step.hard * z)};
 }
 

@@ -85,8 +85,8 @@ KD_INLINE void finish_streams() {}
 KD_INLINE bool can_stream(const void*) { return false; }
 #endif
 
-// The last, partial vector of a row: missing lanes read as `fill`, and are not written. Rows of 10
-// classes are nothing but this, so the sets that have masked accesses use them.
+// The last, partial vector of a row: missing lanes read as `fill`, and are not written or, of what
+// is kept, 0.
 #if defined(__AVX512F__)
 KD_INLINE Vec<float> load_part(const float* p, int64_t n, float fill) {
   return (Vec<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
@@ -99,6 +99,12 @@ KD_INLINE void store_part(float* p, int64_t n, Vec<float> v) {
 }
 KD_INLINE void store_part(double* p, int64_t n, Vec<double> v) {
   _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+}
+KD_INLINE Vec<float> keep_part(Vec<float> v, int64_t n) {
+  return (Vec<float>)_mm512_maskz_mov_ps((__mmask16)((1u << n) - 1), (__m512)v);
+}
+KD_INLINE Vec<double> keep_part(Vec<double> v, int64_t n) {
+  return (Vec<double>)_mm512_maskz_mov_pd((__mmask8)((1u << n) - 1), (__m512d)v);
 }
 #elif defined(__AVX2__)
 KD_INLINE Lanes<float>::Bits first_lanes(int64_t n, float) {
@@ -121,6 +127,10 @@ KD_INLINE void store_part(float* p, int64_t n, Vec<float> v) {
 KD_INLINE void store_part(double* p, int64_t n, Vec<double> v) {
   _mm256_maskstore_pd(p, (__m256i)first_lanes(n, 0.0), (__m256d)v);
 }
+template <typename V>
+KD_INLINE V keep_part(V v, int64_t n) {
+  return first_lanes(n, v[0]) ? v : V{};
+}
 #else
 template <typename Real>
 KD_INLINE Vec<Real> load_part(const Real* p, int64_t n, Real fill) {
@@ -131,6 +141,11 @@ KD_INLINE Vec<Real> load_part(const Real* p, int64_t n, Real fill) {
 template <typename Real>
 KD_INLINE void store_part(Real* p, int64_t n, Vec<Real> v) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+template <typename V>
+KD_INLINE V keep_part(V v, int64_t n) {
+  for (int i = 0; i < (int)(sizeof v / sizeof v[0]); ++i) v[i] = i < n ? v[i] : 0;
+  return v;
 }
 #endif
 
@@ -289,4 +304,24 @@ KD_INLINE V exp2_scaled(V d, const Exponent<Real>& scale) {
   V f = (d * scale.high - (biased - L::kRound)) + d * scale.low;
   typename L::Bits exponent = (typename L::Bits)biased << L::kMantissaBits;
   return exp2_fraction(f) * (V)exponent;
+}
+
+// Of normal numbers > 0, to 1e-13 of itself: x = m 2^e with m next to 1, and log m = 2 artanh u
+// with u = (m - 1) / (m + 1), |u| < 0.172, by its series.
+KD_INLINE Vec<double> natural_log(Vec<double> x) {
+  typedef uint64_t Bits __attribute__((vector_size(KD_VECTOR_BYTES)));
+  constexpr uint64_t kBias = uint64_t{1023} << 52;
+  constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;
+  const Bits shifted = (Bits)x - kRootHalf + kBias, exponent = shifted >> 52;
+  const Vec<double> m = (Vec<double>)((Bits)x - ((exponent << 52) - kBias));
+  // An integer below 2^52 as a double: as the low bits of 2^52.
+  const Vec<double> e = (Vec<double>)(exponent | uint64_t{0x433} << 52) - (0x1p52 + 1023);
+  const Vec<double> u = (m - 1.0) / (m + 1.0), v = u * u;
+  Vec<double> series = v * (1.0 / 15) + 1.0 / 13;
+  series = series * v + 1.0 / 11;
+  series = series * v + 1.0 / 9;
+  series = series * v + 1.0 / 7;
+  series = series * v + 1.0 / 5;
+  series = series * v + 1.0 / 3;
+  return e * 0.69314718055994530942 + 2.0 * (u + u * v * series);
 }
