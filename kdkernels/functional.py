@@ -31,8 +31,11 @@ class _Call(NamedTuple):
 
     def versions(self) -> list[int]:
         """What in-place writes have counted up to; writes to inference tensors are not counted."""
-        constants = (self.teacher, self.labels, self.weight)
-        return [t._version for t in constants if t is not None and not t.is_inference()]
+        constants = [t for t in (self.teacher, self.labels, self.weight) if t is not None]
+        try:
+            return [t._version for t in constants]
+        except RuntimeError:  # inference tensors have none; asking each of them takes longer
+            return [t._version for t in constants if not t.is_inference()]
 
 
 class _FusedKDLoss(torch.autograd.Function):

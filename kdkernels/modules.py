@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
-from kdkernels.checks import check_options, check_weight
+from kdkernels.checks import Options, check_options, check_weight
 from kdkernels.functional import checked_loss
 from kdkernels.reference import KDTerms
 
@@ -59,17 +60,6 @@ class FusedKDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_options(
-            temperature,
-            alpha,
-            ignore_index,
-            label_smoothing,
-            reduction,
-            distill_ignored,
-            inplace,
-            return_terms,
-            backend,
-        )
         if weight is not None:
             check_weight(weight)
         self.temperature = temperature
@@ -82,10 +72,9 @@ class FusedKDLoss(nn.Module):
         self.return_terms = return_terms
         self.backend = backend
         self.register_buffer("weight", weight)
+        self._check()
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
-    ) -> Tensor | KDTerms:
+    def _check(self) -> Options:
         options = check_options(
             self.temperature,
             self.alpha,
@@ -97,14 +86,22 @@ class FusedKDLoss(nn.Module):
             self.return_terms,
             self.backend,
         )
-        # The buffer is taken from where nn.Module would look for it last.
-        weight = self._buffers["weight"]
+        self.__dict__["_checked"] = options
+        return options
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_checked", None)  # whatever it is, the next call looks at it
+        super().__setattr__(name, value)
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+    ) -> Tensor | KDTerms:
         return checked_loss(
             student_logits,
             teacher_logits,
             labels,
-            weight,
-            options,
+            self._buffers["weight"],  # where nn.Module would look for it last
+            self.__dict__.get("_checked") or self._check(),
             self.inplace,
             self.return_terms,
             self.backend,

@@ -81,40 +81,45 @@ void collect(const KdProblem& p, Group& group, Narrow& rows) {
   const Exponent<float> soft_exponent(kLog2E / p.temperature), hard_exponent(kLog2E);
   WideSum<float> others_student, others_teacher, others_hard, at_max, cross;
   V ones = {}, index = {}, at = {};  // `at`: the class as a number
-  auto step = [&](int64_t k) __attribute__((always_inline)) {
-    const V ds = load(student + k * kRows) - student_max;
-    const V dt = load(teacher + k * kRows) - teacher_max;
-    const V es = exp2_scaled(ds, soft_exponent), et = exp2_scaled(dt, soft_exponent);
-    const auto is_max = ds == V{};
-    ones += is_max ? splat<float>(1) : V{};
-    index = is_max ? at : index;
-    at += 1.0f;
-    store(student + k * kRows, es);
-    store(teacher + k * kRows, et);
-    V e1 = {};
-    if (P != kNoCrossEntropy)
-      e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
-    if (P == kOwnExponential) store(hard + k * kRows, e1);
-    return ClassStep{is_max ? V{} : es, is_max ? V{} : et, is_max ? V{} : e1, is_max ? et : V{},
-                     et * (dt - ds)};
+  // n classes from k on; the sums of those.
+  auto step = [&](int64_t k, auto n) __attribute__((always_inline)) {
+    constexpr int N = decltype(n)::value;
+    V ds[N], e[2 * N], product[N], e1[N];  // `e`: the student's exponentials, then the teacher's
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      e[i] = ds[i] = load(student + (k + i) * kRows) - student_max;
+      e[N + i] = load(teacher + (k + i) * kRows) - teacher_max;
+      product[i] = e[N + i] - ds[i];
+      if (P == kOwnExponential) e1[i] = ds[i];
+    }
+    exp2_scaled<float>(e, soft_exponent);
+    if (P == kOwnExponential) exp2_scaled<float>(e1, hard_exponent);
+    ClassStep sum = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i, at += 1.0f) {
+      const V es = e[i], et = e[N + i];
+      const auto is_max = ds[i] == V{};
+      ones += is_max ? splat<float>(1) : V{};
+      index = is_max ? at : index;
+      store(student + (k + i) * kRows, es);
+      store(teacher + (k + i) * kRows, et);
+      if (P == kOwnExponential) store(hard + (k + i) * kRows, e1[i]);
+      if (P > 0) e1[i] = power<P>(es);
+      sum.es += is_max ? V{} : es;
+      sum.et += is_max ? V{} : et;
+      sum.at_max += is_max ? et : V{};
+      sum.product += et * product[i];
+      if (P != kNoCrossEntropy) sum.e1 += is_max ? V{} : e1[i];
+    }
+    others_student.add(sum.es);
+    others_teacher.add(sum.et);
+    at_max.add(sum.at_max);
+    cross.add(sum.product);
+    if (P != kNoCrossEntropy) others_hard.add(sum.e1);
   };
   int64_t k = 0;
-  for (; k + 2 <= classes; k += 2) {
-    const ClassStep a = step(k), b = step(k + 1);
-    others_student.add(a.es + b.es);
-    others_teacher.add(a.et + b.et);
-    at_max.add(a.at_max + b.at_max);
-    cross.add(a.product + b.product);
-    if (P != kNoCrossEntropy) others_hard.add(a.e1 + b.e1);
-  }
-  if (k < classes) {
-    const ClassStep a = step(k);
-    others_student.add(a.es);
-    others_teacher.add(a.et);
-    at_max.add(a.at_max);
-    cross.add(a.product);
-    if (P != kNoCrossEntropy) others_hard.add(a.e1);
-  }
+  for (; k + 2 <= classes; k += 2) step(k, std::integral_constant<int, 2>());
+  if (k < classes) step(k, std::integral_constant<int, 1>());
   const Vec<double> low = low_half(ones), high = high_half(ones);
   Halves::put(group.others_student, others_student);
   Halves::put(group.others_teacher, others_teacher);

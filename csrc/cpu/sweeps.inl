@@ -165,60 +165,77 @@ void exponentials(const Real* s, const Real* t, int64_t n, const Exponent<Real>&
   const V masked = splat<Real>(lowest_number(Real()));
   WideSum<Real> student, teacher, cross, hard;
 
-  V es, et, product, e1;
-  auto step = [&](V x, V y) __attribute__((always_inline)) {
-    const V ds = at_least(x - student_max, masked);
-    // Below `least` the teacher's exponential is 0, whatever the distance: times -inf, too.
-    const V dt = at_least(y - teacher_max, soft_exponent.least);
-    es = exp2_scaled(ds, soft_exponent);
-    et = exp2_scaled(dt, soft_exponent);
-    product = et * (dt - ds);
-    if (P != kNoCrossEntropy)
-      e1 = P == kOwnExponential ? exp2_scaled(ds, hard_exponent) : power<P>(es);
+  // Of N vectors, in place: of the student's logits their exponentials, of the teacher's those.
+  auto step = [&](auto& x, auto& y, auto& product, auto& e1) __attribute__((always_inline)) {
+    constexpr int N = sizeof x / sizeof x[0];
+    V e[2 * N];
+#pragma GCC unroll 2
+    for (int k = 0; k < N; ++k) {
+      e[k] = e1[k] = at_least(x[k] - student_max, masked);
+      // Below `least` the teacher's exponential is 0, whatever the distance: times -inf, too.
+      e[N + k] = at_least(y[k] - teacher_max, soft_exponent.least);
+      product[k] = e[N + k] - e[k];
+    }
+    exp2_scaled<Real>(e, soft_exponent);
+    if (P == kOwnExponential) exp2_scaled<Real>(e1, hard_exponent);
+#pragma GCC unroll 2
+    for (int k = 0; k < N; ++k) {
+      x[k] = e[k];
+      y[k] = e[N + k];
+      // Products are rounded before they are summed: whether they are contracted with the sum is up
+      // to each instance, and asking for a gradient must not change the loss.
+      product[k] = rounded(product[k] * y[k]);
+      if (P > 0) e1[k] = rounded(power<P>(x[k]));
+    }
   };
-  auto whole = [&](int64_t i) __attribute__((always_inline)) {
-    step(load(s + i), load(t + i));
-    if (kStore) store(out_s + i, es);
-    if (kStore) store(out_t + i, et);
-    if (kStore && P == kOwnExponential) store(out_hard + i, e1);
+  auto pair = [&](int64_t i, V& products, V& hards) __attribute__((always_inline)) {
+    V x[2] = {load(s + i), load(s + i + L)}, y[2] = {load(t + i), load(t + i + L)};
+    V product[2], e1[2];
+    step(x, y, product, e1);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      if (kStore) store(out_s + i + k * L, x[k]);
+      if (kStore) store(out_t + i + k * L, y[k]);
+      if (kStore && P == kOwnExponential) store(out_hard + i + k * L, e1[k]);
+    }
+    student.add(x[0] + x[1]);
+    teacher.add(y[0] + y[1]);
+    products = product[0] + product[1];
+    hards = e1[0] + e1[1];
   };
 
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
-    V products, hards;
+    V products[2], hards[2];
     ahead.fetch(4 * L);
-#pragma GCC unroll 2
-    for (int pair = 0; pair < 2; ++pair) {
-      whole(i + pair * 2 * L);
-      const V first_s = es, first_t = et;
-      products = pair == 0 ? product : products + product;
-      hards = pair == 0 ? e1 : hards + e1;
-      whole(i + pair * 2 * L + L);
-      student.add(first_s + es);
-      teacher.add(first_t + et);
-      products += product;
-      hards += e1;
-    }
-    cross.add(products);
-    if (P != kNoCrossEntropy) hard.add(hards);
+    pair(i, products[0], hards[0]);
+    pair(i + 2 * L, products[1], hards[1]);
+    cross.add(products[0] + products[1]);
+    if (P != kNoCrossEntropy) hard.add(hards[0] + hards[1]);
   }
-  auto add_one = [&]() __attribute__((always_inline)) {
-    student.add(es);
-    teacher.add(et);
+  auto add_one = [&](V x, V y, V product, V e1) __attribute__((always_inline)) {
+    student.add(x);
+    teacher.add(y);
     cross.add(product);
     if (P != kNoCrossEntropy) hard.add(e1);
   };
   for (; i + L <= n; i += L) {
-    whole(i);
-    add_one();
+    V x[1] = {load(s + i)}, y[1] = {load(t + i)}, product[1], e1[1];
+    step(x, y, product, e1);
+    if (kStore) store(out_s + i, x[0]);
+    if (kStore) store(out_t + i, y[0]);
+    if (kStore && P == kOwnExponential) store(out_hard + i, e1[0]);
+    add_one(x[0], y[0], product[0], e1[0]);
   }
   if (const int64_t left = n - i) {
     const Real none = -INFINITY;
-    step(load_part(s + i, left, none), load_part(t + i, left, none));
-    if (kStore) store_part(out_s + i, left, es);
-    if (kStore) store_part(out_t + i, left, et);
-    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1);
-    add_one();
+    V x[1] = {load_part(s + i, left, none)}, y[1] = {load_part(t + i, left, none)};
+    V product[1], e1[1];
+    step(x, y, product, e1);
+    if (kStore) store_part(out_s + i, left, x[0]);
+    if (kStore) store_part(out_t + i, left, y[0]);
+    if (kStore && P == kOwnExponential) store_part(out_hard + i, left, e1[0]);
+    add_one(x[0], y[0], product[0], e1[0]);
   }
   sums.student += student.total();
   sums.teacher += teacher.total();

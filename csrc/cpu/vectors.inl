@@ -259,30 +259,29 @@ KD_INLINE Real lowest(Vec<Real> v) {
 }
 
 // 2^f for |f| <= 1/2, exactly 1 at 0: minimax in relative error, 3e-9 (float) and 2e-17 (double).
-KD_INLINE Vec<float> exp2_fraction(Vec<float> f) {
-  Vec<float> p = splat<float>(0.00015594677f);
-  p = p * f + 0.00134066438f;
-  p = p * f + 0.00961769297f;
-  p = p * f + 0.05550310551f;
-  p = p * f + 0.24022652783f;
-  p = p * f + 0.69314721497f;
-  return p * f + 1.0f;
-}
-
-KD_INLINE Vec<double> exp2_fraction(Vec<double> f) {
-  Vec<double> p = splat<double>(4.0780717860928704165e-10);
-  p = p * f + 7.0725703945407994337e-9;
-  p = p * f + 1.0180647660573069343e-7;
-  p = p * f + 1.3215442675455852182e-6;
-  p = p * f + 0.00001525272738518977478;
-  p = p * f + 0.00015403530441571850099;
-  p = p * f + 0.001333355815343996974;
-  p = p * f + 0.0096181291076070026171;
-  p = p * f + 0.055504108664790394528;
-  p = p * f + 0.24022650695910098006;
-  p = p * f + 0.69314718055994569675;
-  return p * f + 1.0;
-}
+template <typename Real>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr float kFirst = 0.00015594677f;
+  static constexpr float kOthers[] = {0.00134066438f, 0.00961769297f, 0.05550310551f,
+                                      0.24022652783f, 0.69314721497f, 1.0f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr double kFirst = 4.0780717860928704165e-10;
+  static constexpr double kOthers[] = {7.0725703945407994337e-9,
+                                       1.0180647660573069343e-7,
+                                       1.3215442675455852182e-6,
+                                       0.00001525272738518977478,
+                                       0.00015403530441571850099,
+                                       0.001333355815343996974,
+                                       0.0096181291076070026171,
+                                       0.055504108664790394528,
+                                       0.24022650695910098006,
+                                       0.69314718055994569675,
+                                       1.0};
+};
 
 // A scale for exponents, in two parts: d may be -100 and more, and its product with a rounded scale
 // would be off by 100 roundings. With FMA the second part makes it exact at the cost of one more.
@@ -295,15 +294,36 @@ struct Exponent {
         least(splat<Real>((Real)((double)Lanes<Real>::kMinExponent / scale))) {}
 };
 
-// 2^(d * scale) for d <= 0; 0 below the smallest normal number, NaN for NaN.
-template <typename V, typename Real>
-KD_INLINE V exp2_scaled(V d, const Exponent<Real>& scale) {
+// 2^(d * scale) for d <= 0; 0 below the smallest normal number, NaN for NaN. In place of d, and
+// step by step for all of them: each step of one waits for the step before, and the processor looks
+// hardly further ahead than one of them is long.
+template <typename Real, int N>
+KD_INLINE void exp2_scaled(Vec<Real> (&d)[N], const Exponent<Real>& scale) {
   typedef Lanes<Real> L;
-  d = at_least(d, scale.least);
-  V biased = d * scale.high + L::kRound;
-  V f = (d * scale.high - (biased - L::kRound)) + d * scale.low;
-  typename L::Bits exponent = (typename L::Bits)biased << L::kMantissaBits;
-  return exp2_fraction(f) * (V)exponent;
+  Vec<Real> biased[N], f[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    d[i] = at_least(d[i], scale.least);
+    biased[i] = d[i] * scale.high + L::kRound;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    f[i] = (d[i] * scale.high - (biased[i] - L::kRound)) + d[i] * scale.low;
+    p[i] = splat<Real>(Exp2<Real>::kFirst);
+  }
+#pragma GCC unroll 16
+  for (const Real coefficient : Exp2<Real>::kOthers)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + coefficient;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    d[i] = p[i] * (Vec<Real>)((typename L::Bits)biased[i] << L::kMantissaBits);
+}
+template <typename Real>
+KD_INLINE Vec<Real> exp2_scaled(Vec<Real> d, const Exponent<Real>& scale) {
+  Vec<Real> one[] = {d};
+  exp2_scaled<Real>(one, scale);
+  return one[0];
 }
 
 // Of normal numbers > 0, to 1e-13 of itself: x = m 2^e with m next to 1, and log m = 2 artanh u
