@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -33,15 +37,24 @@ struct Options {
   double label_smoothing;
   KdReduction reduction;
   bool distill_ignored;
+  double teacher_temperature, soft_factor;
+  std::vector<KdTerm> terms;  // none: the forward KL alone, at one temperature
 
   Options(double temperature, double alpha, int64_t ignore_index, double label_smoothing,
-          int reduction, bool distill_ignored)
+          int reduction, bool distill_ignored, double teacher_temperature, double soft_factor,
+          const std::vector<std::tuple<int, double, double>>& mixture)
       : temperature(temperature),
         alpha(alpha),
         ignore_index(ignore_index),
         label_smoothing(label_smoothing),
         reduction(static_cast<KdReduction>(reduction)),
-        distill_ignored(distill_ignored) {}
+        distill_ignored(distill_ignored),
+        teacher_temperature(teacher_temperature),
+        soft_factor(soft_factor) {
+    if (mixture.size() > kMaxTerms) throw std::invalid_argument("too many divergences");
+    for (const auto& [kind, weight, parameter] : mixture)
+      terms.push_back({static_cast<KdDivergence>(kind), weight, parameter, nullptr, nullptr});
+  }
 
   KdProblem problem() const {
     KdProblem p = {};
@@ -50,6 +63,11 @@ struct Options {
     p.ignore_index = ignore_index;
     p.label_smoothing = label_smoothing;
     p.distill_ignored = distill_ignored;
+    p.teacher_temperature = teacher_temperature;
+    p.soft_factor = soft_factor;
+    p.general = !terms.empty();
+    p.terms = static_cast<int>(terms.size());
+    std::copy(terms.begin(), terms.end(), p.term);
     return p;
   }
 };
@@ -79,8 +97,13 @@ double run_laid_out(const Options& options, uintptr_t student, uintptr_t teacher
                     uintptr_t weight, uintptr_t grad, uintptr_t loss, uintptr_t soft,
                     uintptr_t hard, const Rows& student_rows, const Rows& teacher_rows,
                     const Rows& grad_rows, int64_t rows, int64_t classes, int student_dtype,
-                    int teacher_dtype, bool labels_are_int64, int threads) {
+                    int teacher_dtype, bool labels_are_int64, int threads,
+                    const std::vector<std::pair<uintptr_t, uintptr_t>>& of_rows) {
   KdProblem p = options.problem();
+  for (size_t k = 0; k < of_rows.size() && k < options.terms.size(); ++k) {
+    p.term[k].row_weight = pointer<const double>(of_rows[k].first);
+    p.term[k].row_parameter = pointer<const double>(of_rows[k].second);
+  }
   p.student = pointer<const void>(student);
   p.teacher = pointer<const void>(teacher);
   p.grad = pointer<void>(grad);
@@ -163,9 +186,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Compiled CPU kernels of kdkernels; use kdkernels.kd_loss.";
   kd_openmp_library();  // found now, so that a fork is noticed whoever used the threads before
   py::class_<Options>(m, "Options")
-      .def(py::init<double, double, int64_t, double, int, bool>(), py::arg("temperature"),
-           py::arg("alpha"), py::arg("ignore_index"), py::arg("label_smoothing"),
-           py::arg("reduction"), py::arg("distill_ignored"));
+      .def(py::init<double, double, int64_t, double, int, bool, double, double,
+                    const std::vector<std::tuple<int, double, double>>&>());
   m.def("run", &run_laid_out);
   m.def("use_tensors", [](const py::capsule& table, const std::vector<py::type>& types) {
     tensors().use(table, types);

@@ -35,6 +35,7 @@ struct KdLoss {
   bool labels_are_int64, distill_ignored, want_soft, want_hard;
   int64_t rows, classes, ignore_index;
   double temperature, alpha, label_smoothing;
+  double soft_factor;  // of the soft term: T^2, or 1
 
   KD_INLINE int64_t label(int64_t row) const {
     return labels_are_int64 ? static_cast<const int64_t*>(labels)[row]

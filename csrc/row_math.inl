@@ -28,18 +28,19 @@ KD_INLINE Real reference_of(Real max) {
 template <typename Real>
 struct Sums {
   Real student_max, teacher_max;
-  double student;  // sum e^((s - max)/T)
-  double teacher;  // sum e^((t - max)/T)
-  double cross;    // sum e^((t - max)/T) * ((t - max) - (s - max))
-  double hard;     // sum e^(s - max)
-  double smooth;   // sum w * s, for label smoothing
-  bool masked;     // the student has -inf where the teacher has mass
+  double student;               // sum e^((s - max)/T)
+  double teacher;               // sum e^((t - max)/T)
+  double cross;                 // sum e^((t - max)/T) * ((t - max) - (s - max))
+  double hard;                  // sum e^(s - max)
+  double smooth;                // sum w * s, for label smoothing
+  bool masked;                  // the student has -inf where the teacher has mass
+  bool teacher_masked = false;  // the reverse, where it matters
 };
 
 // Moves the sums over to new maxima, so that the next block can be added.
 template <typename Real>
-KD_INLINE void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max,
-                            double inverse_t) {
+KD_INLINE void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max, double inverse_t,
+                            double teacher_inverse_t) {
   if (student_max > sums.student_max) {
     double step = (double)student_max - reference_of(sums.student_max);
     double seen = sums.student_max == -INFINITY ? 0.0 : 1.0;  // e^step of a -inf may overflow
@@ -50,7 +51,7 @@ KD_INLINE void raise_maxima(Sums<Real>& sums, Real student_max, Real teacher_max
   }
   if (teacher_max > sums.teacher_max) {
     double step = (double)teacher_max - reference_of(sums.teacher_max);
-    double factor = sums.teacher_max == -INFINITY ? 0.0 : exp(-step * inverse_t);
+    double factor = sums.teacher_max == -INFINITY ? 0.0 : exp(-step * teacher_inverse_t);
     sums.cross = factor == 0 ? 0.0 : factor * (sums.cross - sums.teacher * step);
     sums.teacher *= factor;
     sums.teacher_max = teacher_max;
@@ -68,12 +69,11 @@ struct FactorsOf {
 };
 typedef FactorsOf<double> Factors;
 
-// T^2 KL of sums that are finite, or NaN.
+// The forward KL, scaled, of sums that are finite, or NaN.
 template <typename S>
 KD_INLINE auto divergence(const KdLoss& p, const S& sums) {
-  const double t = p.temperature;
-  auto kl = sums.cross / (sums.teacher * t) + natural_log(sums.student / sums.teacher);
-  return t * t * (kl < 0.0 ? decltype(kl){} : kl);  // rounding; KL is not negative
+  auto kl = sums.cross / (sums.teacher * p.temperature) + natural_log(sums.student / sums.teacher);
+  return p.soft_factor * (kl < 0.0 ? decltype(kl){} : kl);  // rounding; KL is not negative
 }
 
 template <typename Real>
@@ -139,7 +139,7 @@ KD_INLINE bool is_sure(const Sums<Real>& sums, bool hard) {
 template <typename D, typename S, typename Mask>
 KD_INLINE D sure_gradient(const FactorsOf<D>& f, const S& others, bool hard, D w, Mask on_label) {
   const D soft = rounded(f.teacher * others.teacher) - rounded(f.student * others.student);
-  D gradient = f.student == 0.0 ? D{} : soft;
+  D gradient = f.teacher == 0.0 ? D{} : soft;
   if (!hard) return gradient;
   // r - 1 is had as -(1 - r), on the label; off it, the 1 is put back.
   gradient += f.smooth_total - f.hard * others.hard + f.smooth * w;
@@ -179,7 +179,7 @@ KD_INLINE D squared(D others, D sum) {
 // epsilon of themselves, and so are their logarithms. At T <= 4 and 2^-24 no loss is at risk.
 template <typename D>
 KD_INLINE auto loss_at_risk(const KdLoss& p, D loss, double epsilon) {
-  return 2 * epsilon * p.temperature * p.temperature > kLossBound * (1.0 + loss);
+  return 2 * epsilon * p.soft_factor > kLossBound * (1.0 + loss);
 }
 
 template <typename Real>
@@ -189,15 +189,21 @@ KD_INLINE bool loss_is_exact(const KdLoss& p, const Sums<Real>& sums, double los
   return !loss_at_risk(p, loss, epsilon);              // NaN is as exact as it gets
 }
 
-// `squares`: of the gradient; `sured`: one of its entries was had from the sums over `others`.
+// The squared error of the soft term's gradient, in roundings of its entries. `sured`: one of them
+// was had from the sums over `others`.
+template <typename S, typename D, typename O, typename Mask>
+KD_INLINE D soft_error(const S& sums, const FactorsOf<D>& f, Mask sured, const O& others) {
+  const D scale = f.student * sums.student;
+  const D shares =
+      sured ? squared(others.student, sums.student) + squared(others.teacher, sums.teacher)
+            : squared(sums.student) + squared(sums.teacher);
+  return scale == 0.0 ? D{} : scale * scale * shares;
+}
+
+// `error`: of the soft term; `squares`: of the gradient.
 template <typename S, typename D, typename O, typename Mask>
 KD_INLINE auto gradient_at_risk(const KdLoss& p, const S& sums, const FactorsOf<D>& f, bool hard,
-                                Mask sured, const O& others, D squares, double epsilon) {
-  const D soft_scale = f.student * sums.student;
-  const D soft = sured
-                     ? squared(others.student, sums.student) + squared(others.teacher, sums.teacher)
-                     : squared(sums.student) + squared(sums.teacher);
-  D error = soft_scale == 0.0 ? D{} : soft_scale * soft_scale * soft;
+                                Mask sured, const O& others, D error, D squares, double epsilon) {
   if (hard) {
     const D scale = f.hard * sums.hard;
     const D share = sured ? squared(others.hard, sums.hard) : squared(sums.hard);
@@ -212,7 +218,9 @@ KD_INLINE bool gradient_is_exact(const KdLoss& p, const Sums<Real>& sums, const 
                                  bool hard, const Sure& sure, double squares, double epsilon) {
   if (sizeof(Real) == 8) return true;
   if (!hard && squares == 0 && sums.cross == 0) return true;  // teacher = student
-  return !gradient_at_risk(p, sums, f, hard, sure.index >= 0, sure, squares, epsilon);
+  const bool sured = sure.index >= 0;
+  const double error = soft_error(sums, f, sured, sure);
+  return !gradient_at_risk(p, sums, f, hard, sured, sure, error, squares, epsilon);
 }
 
 // ---- the batch ----------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ class Options:
         label_smoothing: float,
         reduction: int,
         distill_ignored: bool,
+        teacher_temperature: float,
+        soft_factor: float,
+        mixture: list[tuple[int, float, float]],
     ) -> None: ...
 
 def run(
@@ -36,6 +39,7 @@ def run(
     teacher_dtype: int,
     labels_are_int64: bool,
     threads: int,
+    of_rows: list[tuple[int, ...]],
 ) -> float: ...
 def use_tensors(table: object, types: list[type]) -> None: ...
 def is_plain(student: object, teacher: object, labels: object) -> bool: ...

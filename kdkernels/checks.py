@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
+from kdkernels.divergences import DIVERGENCES, FORWARD_KL, PerRow, Term
 
 # Beyond these T² and 1/T leave the numbers that float32 logits can be divided by.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
@@ -26,6 +27,18 @@ class Options(NamedTuple):
     label_smoothing: float
     reduction: str
     distill_ignored: bool
+    divergence: tuple[Term, ...] = FORWARD_KL
+    teacher_temperature: float | None = None  # None: the same as the student's
+    scale_by_t2: bool = True
+
+    @property
+    def unusual(self) -> str | None:
+        """What is not the forward KL at one temperature times T², in words; None if nothing is."""
+        if self.divergence != FORWARD_KL:
+            return f"divergence {' + '.join(term.name for term in self.divergence)}"
+        if self.teacher_temperature is not None:
+            return "a teacher_temperature of its own"
+        return None if self.scale_by_t2 else "scale_by_t2=False"
 
 
 def _number(name: str, value: Any, expected: str) -> float:
@@ -38,6 +51,78 @@ def _number(name: str, value: Any, expected: str) -> float:
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
+def _temperature(name: str, value: Any) -> float:
+    temperature = _number(name, value, "a finite number > 0")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{name} must be a finite number > 0, got {temperature}")
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(
+            f"{name} must be between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, got {temperature}"
+        )
+    return temperature
+
+
+def _share(name: str, value: Any) -> float:
+    share = _number(name, value, "a number in [0, 1]")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {share}")
+    return share
+
+
+def _mixture(divergence: Any, parameters: dict[str, float]) -> tuple[Term, ...]:
+    """The terms of a name, or of a mapping of names to weights (as its items)."""
+    known = f"one of {tuple(DIVERGENCES)} or a mapping of these to weights"
+    if isinstance(divergence, str):
+        divergence = ((divergence, 1.0),)
+    if not isinstance(divergence, tuple):
+        raise TypeError(f"divergence must be {known}, got {type(divergence).__name__}")
+    if not divergence:
+        raise ValueError("divergence must name at least one divergence, got an empty mapping")
+    terms = []
+    for name, weight in divergence:
+        if name not in DIVERGENCES:
+            raise ValueError(f"divergence must be {known}, got {name!r}")
+        weight = _number(f"the weight of {name!r} in divergence", weight, "a finite number")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {name!r} in divergence must be finite, got {weight}")
+        option = DIVERGENCES[name].option
+        parameter = 0.0 if option is None else parameters[option]
+        if option == "divergence_alpha" and not math.isfinite(parameter):
+            raise ValueError(f"divergence_alpha must be finite, got {parameter}")
+        if name == "renyi" and not parameter > 0:
+            raise ValueError(f"divergence_alpha must be > 0 with 'renyi', got {parameter}")
+        terms.append(Term(name, weight, parameter))
+    return tuple(terms)
+
+
+def check_per_row(per_row: PerRow, student: Tensor) -> None:
+    """Options given per row: one finite number for each, beta and skew in [0, 1].
+
+    Raises:
+        TypeError, ValueError: naming the option that is wrong. Values are looked at on the CPU;
+            elsewhere that would make the host wait.
+    """
+    for option, values in per_row.items():
+        name = option if option in ("beta", "skew") else f"the weight of {option!r} in divergence"
+        _check_kind(name, values)
+        if values.requires_grad:
+            raise ValueError(f"{name} must not require grad: it is a constant of the loss")
+        if values.shape != student.shape[:-1]:
+            raise ValueError(
+                f"{name} must hold one value per row, shape {tuple(student.shape[:-1])}, "
+                f"got {tuple(values.shape)}"
+            )
+        if values.device != student.device:
+            _wrong_device(name, values, student)
+        if values.device.type != "cpu":
+            continue
+        if option in ("beta", "skew"):
+            if not bool(((values >= 0) & (values <= 1)).all()):
+                raise ValueError(f"{name} must be in [0, 1] in every row")
+        elif not bool(values.isfinite().all()):
+            raise ValueError(f"{name} must be finite in every row")
+
+
 def _check_options(
     temperature: Any,
     alpha: Any,
@@ -48,21 +133,26 @@ def _check_options(
     inplace: Any,
     return_terms: Any,
     backend: Any,
+    divergence: Any,
+    beta: Any,
+    skew: Any,
+    divergence_alpha: Any,
+    teacher_temperature: Any,
+    scale_by_t2: Any,
 ) -> Options:
-    temperature = _number("temperature", temperature, "a finite number > 0")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(
-            f"temperature must be between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, "
-            f"got {temperature}"
-        )
-    alpha = _number("alpha", alpha, "a number in [0, 1]")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    label_smoothing = _number("label_smoothing", label_smoothing, "a number in [0, 1]")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    temperature = _temperature("temperature", temperature)
+    if teacher_temperature is not None:
+        teacher_temperature = _temperature("teacher_temperature", teacher_temperature)
+    if teacher_temperature == temperature:
+        teacher_temperature = None
+    alpha = _share("alpha", alpha)
+    label_smoothing = _share("label_smoothing", label_smoothing)
+    parameters = {
+        "beta": _share("beta", beta),
+        "skew": _share("skew", skew),
+        "divergence_alpha": _number("divergence_alpha", divergence_alpha, "a finite number"),
+    }
+    mixture = _mixture(divergence, parameters)
     if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -73,6 +163,7 @@ def _check_options(
         "distill_ignored": distill_ignored,
         "inplace": inplace,
         "return_terms": return_terms,
+        "scale_by_t2": scale_by_t2,
     }
     for name, value in switches.items():
         if not isinstance(value, bool):
@@ -80,7 +171,15 @@ def _check_options(
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend must be None or one of {backends.NAMES}, got {backend!r}")
     return Options(
-        temperature, alpha, int(ignore_index), label_smoothing, reduction, distill_ignored
+        temperature,
+        alpha,
+        int(ignore_index),
+        label_smoothing,
+        reduction,
+        distill_ignored,
+        mixture,
+        teacher_temperature,
+        scale_by_t2,
     )
 
 
@@ -89,6 +188,8 @@ _cached_check_options = functools.lru_cache(maxsize=256, typed=True)(_check_opti
 
 def check_options(*options: Any) -> Options:
     """The options, in the order of ``kd_loss``'s signature without ``weight``, as :class:`Options`.
+
+    A mapping of divergences as the tuple of its items, as ``split_per_row`` makes it.
 
     Raises:
         TypeError, ValueError: naming the option that is wrong.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backends
-from kdkernels.checks import Options, check_inplace, check_options, check_tensors
+from kdkernels.checks import (
+    Options,
+    check_inplace,
+    check_options,
+    check_per_row,
+    check_tensors,
+)
+from kdkernels.divergences import PerRow, split_per_row
 from kdkernels.reference import KDTerms, kd_terms
 
 
@@ -28,10 +35,12 @@ class _Call(NamedTuple):
     backend: backends.Backend
     inplace: bool
     want_terms: bool
+    per_row: PerRow
 
     def versions(self) -> list[int]:
         """What in-place writes have counted up to; writes to inference tensors are not counted."""
         constants = [t for t in (self.teacher, self.labels, self.weight) if t is not None]
+        constants += self.per_row.values()
         try:
             return [t._version for t in constants]
         except RuntimeError:  # inference tensors have none; asking each of them takes longer
@@ -43,9 +52,9 @@ class _FusedKDLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor | tuple[Tensor | None, ...]:  # type: ignore[override]
-        teacher, labels, weight, options, backend, inplace, want_terms = call
+        teacher, labels, weight, options, backend, inplace, want_terms, per_row = call
         loss, soft, hard, grad, grad_scale = backend.run(
-            student, teacher, labels, weight, options, want_terms, True, inplace
+            student, teacher, labels, weight, options, want_terms, True, inplace, per_row
         )
         ctx.call, ctx.grad, ctx.grad_scale = call, grad, grad_scale
         if inplace:
@@ -138,7 +147,12 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     # Through an alias: the hooks of the logits are for this gradient alone, and run once.
     alias = student.view_as(student)
     loss = kd_terms(
-        alias, call.teacher, call.labels, weight=call.weight, **call.options._asdict()
+        alias,
+        call.teacher,
+        call.labels,
+        weight=call.weight,
+        per_row=call.per_row,
+        **call.options._asdict(),
     ).loss
     (grad,) = torch.autograd.grad(loss, alias, incoming, create_graph=True)
     return grad  # type: ignore[no-any-return]
@@ -159,6 +173,12 @@ def kd_loss(
     inplace: bool = False,
     return_terms: bool = False,
     backend: str | None = None,
+    divergence: str | Mapping[str, float | Tensor] = "forward_kl",
+    beta: float | Tensor = 0.5,
+    skew: float | Tensor = 0.1,
+    divergence_alpha: float = 0.5,
+    teacher_temperature: float | None = None,
+    scale_by_t2: bool = True,
 ) -> Tensor | KDTerms:
     """Knowledge-distillation loss ``alpha · T² · KL(p ‖ q) + (1 - alpha) · CE(r, y)`` in one pass.
 
@@ -186,6 +206,21 @@ def kd_loss(
         return_terms: return ``KDTerms(loss, soft, hard)``, the terms detached. Default False.
         backend: None (the best that can run), ``"cpu"``, ``"cuda"``, ``"triton"`` or
             ``"reference"``; ``python -m kdkernels info`` lists what is available.
+        divergence: what stands in the place of KL(p ‖ q), by default ``"forward_kl"``:
+            ``"reverse_kl"`` KL(q ‖ p); ``"jsd"`` β KL(p ‖ m) + (1 - β) KL(q ‖ m) with
+            m = β p + (1 - β) q, which at β = 0 and 1 is forward and reverse KL (GKD,
+            arXiv:2306.13649); ``"skew_forward_kl"`` KL(p ‖ λ p + (1 - λ) q) and
+            ``"skew_reverse_kl"`` KL(q ‖ λ q + (1 - λ) p) (DistiLLM, arXiv:2402.03898);
+            ``"total_variation"`` ½ Σ|p - q|; ``"alpha"`` (Σ p^a q^(1-a) - 1) / (a (a - 1));
+            ``"renyi"`` log(Σ p^a q^(1-a)) / (a - 1); or a mapping of such names to weights,
+            numbers or one per row (...), for their weighted sum in the same pass.
+        beta: β of ``"jsd"`` in [0, 1], or one per row (...). Default 0.5.
+        skew: λ of the skewed divergences in [0, 1], or one per row (...). Default 0.1.
+        divergence_alpha: a of ``"alpha"`` (any number; 1 and 0 are forward and reverse KL) and
+            ``"renyi"`` (> 0). Default 0.5.
+        teacher_temperature: divides the teacher logits. Default: ``temperature``.
+        scale_by_t2: multiply the divergence by T², so that its gradient does not shrink with the
+            temperature. Default True.
 
     Returns:
         The loss, a scalar or (...) with ``reduction="none"``: float32, or float64 for float64
@@ -198,6 +233,9 @@ def kd_loss(
             environment variable ``KDKERNELS_CHECK_LABELS=1`` asks for the check.
         RuntimeError: the named backend cannot run here, and why.
     """
+    per_row: PerRow = {}
+    if not (isinstance(divergence, str) and isinstance(beta, float) and isinstance(skew, float)):
+        divergence, beta, skew, per_row = split_per_row(divergence, beta, skew)
     options = check_options(
         temperature,
         alpha,
@@ -208,9 +246,23 @@ def kd_loss(
         inplace,
         return_terms,
         backend,
+        divergence,
+        beta,
+        skew,
+        divergence_alpha,
+        teacher_temperature,
+        scale_by_t2,
     )
     return checked_loss(
-        student_logits, teacher_logits, labels, weight, options, inplace, return_terms, backend
+        student_logits,
+        teacher_logits,
+        labels,
+        weight,
+        options,
+        inplace,
+        return_terms,
+        backend,
+        per_row,
     )
 
 
@@ -223,13 +275,18 @@ def checked_loss(
     inplace: bool,
     return_terms: bool,
     backend: str | None,
+    per_row: PerRow,
 ) -> Tensor | KDTerms:
     """:func:`kd_loss` once its options have been checked."""
     chosen: backends.Backend = backends.PLAIN_CPU
-    special = weight is not None or inplace or return_terms or backend not in (None, "cpu")
+    special = weight is not None or inplace or return_terms or bool(per_row)
+    special = special or backend not in (None, "cpu")
     if special or not backends.PLAIN_CPU.serves(student, teacher, labels):
         check_tensors(student, teacher, labels, weight, options.alpha)
-        chosen = backends.select(backend, student.device, student.dtype, teacher.dtype)
+        check_per_row(per_row, student)
+        chosen = backends.select(
+            backend, student.device, student.dtype, teacher.dtype, options.unusual
+        )
         if inplace:
             check_inplace(student, teacher, labels, weight)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
@@ -238,12 +295,12 @@ def checked_loss(
             True  # autograd refuses forward mode there; elsewhere the tangent would be lost
         )
     if needs_grad and (chosen.name != "reference" or inplace):
-        call = _Call(teacher, labels, weight, options, chosen, inplace, return_terms)
+        call = _Call(teacher, labels, weight, options, chosen, inplace, return_terms, per_row)
         result = _FusedKDLoss.apply(student, call)
         if inplace:
             _Overwritten.apply(student)
         return KDTerms(*result) if return_terms else result
     loss, soft, hard, *_ = chosen.run(
-        student, teacher, labels, weight, options, return_terms, False, False
+        student, teacher, labels, weight, options, return_terms, False, False, per_row
     )
     return KDTerms(loss, soft, hard) if return_terms else loss  # type: ignore[arg-type]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdkernels.checks import Options, check_options, check_weight
+from kdkernels.divergences import PerRow, split_per_row
 from kdkernels.functional import checked_loss
 from kdkernels.reference import KDTerms
 
@@ -31,6 +33,12 @@ class FusedKDLoss(nn.Module):
         inplace: write the gradient over the student logits. Default False.
         return_terms: return ``KDTerms(loss, soft, hard)``. Default False.
         backend: ``None`` (the best that can run), or the name of one.
+        divergence: ``"forward_kl"`` (default), or another, or a mapping of names to weights.
+        beta: of ``"jsd"``. Default 0.5.
+        skew: of the skewed divergences. Default 0.1.
+        divergence_alpha: of ``"alpha"`` and ``"renyi"``. Default 0.5.
+        teacher_temperature: divides the teacher logits. Default: ``temperature``.
+        scale_by_t2: multiply the divergence by T². Default True.
 
     Shape:
         student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
@@ -58,6 +66,12 @@ class FusedKDLoss(nn.Module):
         inplace: bool = False,
         return_terms: bool = False,
         backend: str | None = None,
+        divergence: str | Mapping[str, float] = "forward_kl",
+        beta: float = 0.5,
+        skew: float = 0.1,
+        divergence_alpha: float = 0.5,
+        teacher_temperature: float | None = None,
+        scale_by_t2: bool = True,
     ) -> None:
         super().__init__()
         if weight is not None:
@@ -71,10 +85,18 @@ class FusedKDLoss(nn.Module):
         self.inplace = inplace
         self.return_terms = return_terms
         self.backend = backend
+        self.divergence = divergence
+        self.beta = beta
+        self.skew = skew
+        self.divergence_alpha = divergence_alpha
+        self.teacher_temperature = teacher_temperature
+        self.scale_by_t2 = scale_by_t2
         self.register_buffer("weight", weight)
         self._check()
 
-    def _check(self) -> Options:
+    def _check(self) -> tuple[Options, PerRow]:
+        """The options as they are now, and those given per row."""
+        divergence, beta, skew, per_row = split_per_row(self.divergence, self.beta, self.skew)
         options = check_options(
             self.temperature,
             self.alpha,
@@ -85,9 +107,16 @@ class FusedKDLoss(nn.Module):
             self.inplace,
             self.return_terms,
             self.backend,
+            divergence,
+            beta,
+            skew,
+            self.divergence_alpha,
+            self.teacher_temperature,
+            self.scale_by_t2,
         )
-        self.__dict__["_checked"] = options
-        return options
+        if not isinstance(self.divergence, Mapping):  # it could change without notice
+            self.__dict__["_checked"] = options, per_row
+        return options, per_row
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop("_checked", None)  # whatever it is, the next call looks at it
@@ -96,15 +125,17 @@ class FusedKDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
     ) -> Tensor | KDTerms:
+        options, per_row = self.__dict__.get("_checked") or self._check()
         return checked_loss(
             student_logits,
             teacher_logits,
             labels,
             self._buffers["weight"],  # where nn.Module would look for it last
-            self.__dict__.get("_checked") or self._check(),
+            options,
             self.inplace,
             self.return_terms,
             self.backend,
+            per_row,
         )
 
     def extra_repr(self) -> str:

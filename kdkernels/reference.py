@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels.divergences import PerRow, Term, mixture_rows
+
 
 class KDTerms(NamedTuple):
     """What ``kd_loss(..., return_terms=True)`` returns; ``soft`` and ``hard`` are detached.
 
     Attributes:
         loss: ``alpha * soft + (1 - alpha) * hard``, reduced as asked.
-        soft: T² KL(teacher ‖ student), reduced as asked.
+        soft: the divergence between teacher and student, times T², reduced as asked.
         hard: cross entropy with the labels, reduced as asked; zero without labels.
     """
 
@@ -30,21 +32,6 @@ class KDTerms(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the loss for logits of ``dtype``: float64 stays, all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def soft_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(teacher/T) ‖ softmax(student/T)) of each row, (N, C), (N, C) -> (N,).
-
-    A class the teacher masks (-inf) contributes nothing; one that only the student masks makes the
-    row +inf, even where the teacher's probability is too small to represent.
-    """
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    p = log_p.exp()
-    terms = p * (log_p - log_q)
-    terms = torch.where((p == 0) & (student == -torch.inf), torch.inf, terms)
-    terms = torch.where(log_p == -torch.inf, 0.0, terms)
-    return temperature**2 * terms.sum(-1)
 
 
 def _mean(rows: Tensor, denominator: Tensor) -> Tensor:
@@ -64,8 +51,12 @@ def kd_terms(
     weight: Tensor | None,  # [C]
     reduction: str,
     distill_ignored: bool,
+    divergence: tuple[Term, ...],
+    teacher_temperature: float | None,
+    scale_by_t2: bool,
+    per_row: PerRow | None = None,
 ) -> KDTerms:
-    """Hinton et al. 2015 (arXiv:1503.02531) as :func:`kdkernels.kd_loss` documents it."""
+    """The loss as :func:`kdkernels.kd_loss` documents it; divergences.py has its soft term."""
     classes = student_logits.shape[-1]
     leading = student_logits.shape[:-1]
     dtype = torch.promote_types(
@@ -93,7 +84,10 @@ def kd_terms(
     student = torch.where(keep, student, 0.0)
     teacher = torch.where(keep, teacher, 0.0)
 
-    soft = torch.where(soft_active, soft_rows(student, teacher, temperature), 0.0)
+    log_p = F.log_softmax(teacher / (teacher_temperature or temperature), dim=-1)
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    soft = mixture_rows(log_p, log_q, divergence, per_row or {})
+    soft = torch.where(soft_active, soft, 0.0) * (temperature**2 if scale_by_t2 else 1.0)
     weight = None if weight is None else weight.to(dtype)
     ce_rows = F.cross_entropy(
         student, target, weight=weight, label_smoothing=label_smoothing, reduction="none"

@@ -36,7 +36,13 @@ SUITES = [
     Suite("kdkernels/backends/triton", ["test_triton.py"], INTERPRETED, False),
     Suite(
         "csrc/",
-        [*OF_THE_CPU, "test_plain.py", "test_memory.py", "test_instruction_sets.py"],
+        [
+            *OF_THE_CPU,
+            "test_divergences.py",
+            "test_plain.py",
+            "test_memory.py",
+            "test_instruction_sets.py",
+        ],
         {},
         True,
     ),
@@ -48,8 +54,8 @@ TRITON = "kdkernels/backends/triton_kernels/"
 # (file, what stands there, what is put in its place)
 FAULTS = [
     # T² left out of the value, of the gradient (T² / T), of one of the two logits.
-    ("csrc/row_math.inl", "return t * t * (kl < 0.0", "return (kl < 0.0"),
-    ("csrc/cpu/run.cpp", "p.alpha * p.temperature / soft_rows", "p.alpha / soft_rows"),
+    ("csrc/row_math.inl", "return p.soft_factor * (kl < 0.0", "return (kl < 0.0"),
+    ("csrc/cpu/run.cpp", "p.alpha * p.soft_factor / p.temperature", "p.alpha / p.temperature"),
     ("csrc/cpu/sweeps.inl", "exp2_scaled<Real>(e, soft", "exp2_scaled<Real>(e, hard"),
     # p and q swapped, in the value and in the gradient.
     ("csrc/cpu/sweeps.inl", "product[k] = e[N + k] - e[k]", "product[k] = e[k] - e[N + k]"),
@@ -60,7 +66,7 @@ FAULTS = [
     ("csrc/row_math.inl", "soft_scale / sums.teacher", "soft_scale / sums.student"),
     # The running maximum: not carried over to the next block, or not to the sums so far.
     ("csrc/row_math.inl", "sums.cross += sums.teacher * step;", ""),
-    ("csrc/cpu/sweeps.inl", "if (dt != 0) step.teacher = exp(dt * inverse_t);", ""),
+    ("csrc/cpu/sweeps.inl", "if (dt != 0) step.teacher = exp(dt / p.teacher_temperature);", ""),
     ("csrc/row_math.inl", "sums.hard *= seen == 0 ? 0.0 : exp(-step);", ""),
     # Special values.
     ("csrc/row_math.inl", "sums.masked && loss == loss ? INFINITY : loss", "loss"),
@@ -83,7 +89,6 @@ FAULTS = [
     ("csrc/cpu/jobs.inl", "kError = 2 * kEpsilon", "kError = kEpsilon"),
     ("csrc/cpu/elements.inl", "nearest_even = (b + 0x7fffu + ((b", "nearest_even = (b + ((b"),
     ("csrc/cpu/groups.inl", "if (group.sure[k] >= 0) put_entry", "if (false) put_entry"),
-    ("csrc/cpu/groups.inl", "    blank(label);", ""),
     ("csrc/cpu/groups.inl", "group.odd[k] |= !(all - all == 0);", ""),
     ("csrc/cpu/groups.inl", "group.risk[k] != 0) group.good", "false) group.good"),
     ("csrc/cpu/groups.inl", "group.risk[k] == 0 ? kAll : kNothing", "kAll"),
@@ -102,6 +107,18 @@ FAULTS = [
     ("csrc/bindings.cpp", "!is_negated(teacher)", "true"),
     ("csrc/bindings.cpp", "if (!same_shape(t, s, s.ndim)", "if (false"),
     ("csrc/bindings.cpp", "elements(g) == p.rows * p.classes", "true"),
+    # Divergences: a sign, a share, the label's side of a mixture, what is masked, what is at risk.
+    ("csrc/cpu/divergences.inl", "q * m.q_ratio, p *", "-q * m.q_ratio, p *"),
+    ("csrc/cpu/divergences.inl", "mixture(c, 1 - l)", "mixture(c, l)"),
+    ("csrc/cpu/divergences.inl", "p_larger ? one : none;", "none;"),
+    ("csrc/cpu/divergences.inl", "(is_near ? less - (near - one) : none)", "none"),
+    ("csrc/cpu/divergences.inl", "return teacher_masked;", "return false;"),
+    ("csrc/cpu/divergences.inl", "sure ? c.q : c.q * 0x1p60f", "c.q"),
+    ("csrc/cpu/divergences.inl", "t.shift = largest_power(a)", "t.shift = 0"),
+    ("csrc/cpu/divergences.inl", "return 1 / fabs(a * (a - 1));", "return 1;"),
+    ("csrc/cpu/divergences.inl", "t.inverse_sum = 1 / sum;", ""),
+    ("csrc/cpu/jobs.inl", "teacher_max[b] = job.sums.teacher_max", "teacher_max[b] += 0"),
+    ("csrc/cpu/run.cpp", "unbounded ? 1024 : 16", "unbounded ? 1 : 1"),
     # Label smoothing.
     ("csrc/row_math.inl", "smooth * (scales.weight_sum * (lse", "(scales.weight_sum * (lse"),
     ("csrc/row_math.inl", "f.hard * others.hard + f.smooth * w", "f.hard * others.hard"),

@@ -30,6 +30,12 @@ DEFAULTS = {
     "inplace": False,
     "return_terms": False,
     "backend": None,
+    "divergence": "forward_kl",
+    "beta": 0.5,
+    "skew": 0.1,
+    "divergence_alpha": 0.5,
+    "teacher_temperature": None,
+    "scale_by_t2": True,
 }
 
 

@@ -169,7 +169,7 @@ def test_what_the_short_way_does_not_know_takes_the_long_one(special):
 def test_native_code_refuses_outputs_that_do_not_fit():
     native = backends.cpu._cpu
     s, t, y = inputs()
-    options = native.Options(4.0, 0.9, -100, 0.0, 0, False)
+    options = native.Options(4.0, 0.9, -100, 0.0, 0, False, 4.0, 16.0, [])
     grad, loss = torch.zeros(N, C), torch.zeros(())
     for wrong_grad in (torch.zeros(N, C - 1), torch.zeros(N, C).double(), torch.zeros(C, N).t()):
         with pytest.raises(ValueError, match="fit each other"):

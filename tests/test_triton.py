@@ -520,7 +520,7 @@ def test_in_place_the_gradient_takes_the_place_of_the_logits_and_of_nothing_else
 
         options = Options(4.0, 0.9, -100, 0.0, "mean", False)
         backend = backends.BACKENDS["triton"]
-        result = backend.run(logits.detach(), t, y, None, options, False, True, True)
+        result = backend.run(logits.detach(), t, y, None, options, False, True, True, {})
         backend.scale(result.grad, torch.tensor(3.0), result.grad_scale)
     assert torch.equal(base, around)
 
@@ -786,7 +786,7 @@ def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, la
     s, t = (torch.zeros(rows, classes, dtype=dtype) for _ in range(2))
     y = torch.zeros(rows, dtype=torch.long) if labels else None
     one = backend.TritonBackend()
-    result = one.run(s, t, y, weight, options, False, True, inplace)
+    result = one.run(s, t, y, weight, options, False, True, inplace, {})
     one.scale(result.grad, torch.tensor(1.0), result.grad_scale)
     for name, kernel in compiled:
         results.append({"case": case, "kernel": name, "classes": classes, "dtype": str(dtype)[6:],

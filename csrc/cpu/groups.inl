@@ -14,7 +14,7 @@ inline bool is_narrow(const KdProblem& p) { return p.classes <= kNarrow && !p.in
 // How many rows go together: their scratch rows together are one block.
 inline int group_size(const KdProblem& p) {
   const int64_t place = (p.classes + 15) / 16 * 16, fit = kBlock / place;
-  if (p.in_double || fit < 2) return 1;
+  if (p.in_double || p.general || fit < 2) return 1;
   return is_narrow(p) ? kRows : fit < kGroup ? (int)fit : kGroup;
 }
 
@@ -129,9 +129,11 @@ void judge(const KdProblem& p, Group& group) {
   const bool hard = group.gradient_power(p) != kNoCrossEntropy;
   for (int k = 0; k < group.count; k += kLanes) {
     const D squares = load(group.squares + k);
+    const auto sured = load(group.sure + k) >= 0.0;
+    const FactorsOf<D> f = group.factors(k);
+    const D error = soft_error(group.sums(k), f, sured, group.others(k));
     const auto at_risk =
-        gradient_at_risk(p, group.sums(k), group.factors(k), hard, load(group.sure + k) >= 0.0,
-                         group.others(k), squares, kError);
+        gradient_at_risk(p, group.sums(k), f, hard, sured, group.others(k), error, squares, kError);
     D risk = at_risk ? splat<double>(1) : D{};
     if (!hard) {  // teacher = student
       risk = squares == 0.0 ? (load(group.cross + k) == 0.0 ? D{} : risk) : risk;
@@ -180,7 +182,7 @@ void collect(const KdProblem& p, const Exponent<float>& exponent, Group& group, 
   Ahead nothing = {};
   if (P != kNoCrossEntropy && p.label_smoothing > 0)
     sums.smooth = weighted_sum(p, wide.students[k], 0, p.classes);
-  sweep(wide.students[k], wide.teachers[k], p.classes, exponent, sums, wide.place[k].es,
+  sweep(wide.students[k], wide.teachers[k], p.classes, exponent, exponent, sums, wide.place[k].es,
         scratch.teacher, scratch.hard, nothing);
   const double all = sums.student + sums.teacher + sums.cross + sums.hard + sums.smooth;
   group.odd[k] |= !(all - all == 0);
@@ -276,8 +278,14 @@ void visit_wide(const KdProblem& p, Group& group, char* memory) {
   const int64_t size = p.grad ? (p.classes + 15) / 16 * 16 : 0;
   look_up_labels(p, group);
   for (int k = 0; k < group.count; ++k) {
-    wide.scratch[k] = {whole.student + k * size, whole.teacher + k * size, whole.hard + k * size,
-                       wide.maxima[k], wide.maxima[k] + 1};
+    wide.scratch[k] = {whole.student + k * size,
+                       whole.teacher + k * size,
+                       whole.hard + k * size,
+                       wide.maxima[k],
+                       wide.maxima[k] + 1,
+                       nullptr,
+                       nullptr,
+                       nullptr};
     wide.place[k] = place_of(p, group.row[k], wide.scratch[k]);
     if (group.power != kNoCrossEntropy)
       group.at_label[k] = logit_of<float>(p, group.row[k], group.label[k]);

@@ -20,6 +20,7 @@ struct Job {
   Place<Real> place;
   Scratch<Real> scratch;
   Sums<Real> sums;
+  Between between;  // where the divergence asks for it
   Factors f;
   Sure sure;
   Entry entries[2];
@@ -71,8 +72,19 @@ void prepare(const KdProblem& p, Job<Real>& job) {
 
 template <typename Real, int P>
 void collect(const KdProblem& p, Job<Real>& job) {
-  const auto sweep = p.grad ? sweep1<Real, P, true> : sweep1<Real, P, false>;
+  const auto sweep = p.general ? sweep1<Real, P, true, true>
+                     : p.grad  ? sweep1<Real, P, true>
+                               : sweep1<Real, P, false>;
   job.sums = sweep(p, job.row, job.place.es, job.scratch);
+}
+
+// The sweep between the two; what is left for the last is v, as absolute numbers.
+template <typename Real>
+void compare(const KdProblem& p, Job<Real>& job) {
+  Scratch<Real>& scratch = job.scratch;
+  job.between = RowBetween<Real>{p, job.row, job.sums, job.place.es, scratch}.all();
+  scratch.teacher = scratch.v;
+  for (int64_t b = 0; b * kBlock < p.classes; ++b) scratch.teacher_max[b] = job.sums.teacher_max;
 }
 
 // The row's terms, and the factors of its gradient.
@@ -80,10 +92,17 @@ template <typename Real>
 void conclude(const KdProblem& p, Job<Real>& job) {
   job.good = kAll;
   if (p.want_soft) {
-    p.soft[job.row] = soft_loss(p, job.sums);
-    if (!loss_is_exact(p, job.sums, p.soft[job.row], kError)) job.good = kNothing;
+    p.soft[job.row] = p.general ? job.between.loss : soft_loss(p, job.sums);
+    const double off = p.general ? kError * job.between.loss_off : kError;
+    if (!loss_is_exact(p, job.sums, p.soft[job.row], off)) job.good = kNothing;
   }
-  if (p.alpha > 0) soft_factors(p.scales, job.sums, job.f);
+  if (p.alpha > 0) {
+    soft_factors(p.scales, job.sums, job.f);
+    if (p.general) {
+      job.f.student *= -job.between.factor * job.between.mean;
+      job.f.teacher = -job.between.factor * p.scales.soft_scale;
+    }
+  }
   if (job.power == kNoCrossEntropy) return;
   p.hard[job.row] = hard_loss(p, p.scales, job.sums, job.label, job.at_label, job.f);
 }
@@ -110,12 +129,26 @@ void single_out(const KdProblem& p, Job<Real>& job) {
   }
 }
 
+// Whether float32 was enough for the gradient.
+template <typename Real>
+bool is_exact(const KdProblem& p, const Job<Real>& job, bool hard) {
+  if (sizeof(Real) == 8) return true;
+  if (!p.general) return gradient_is_exact(p, job.sums, job.f, hard, job.sure, job.squares, kError);
+  const bool sured = job.sure.index >= 0;
+  const Between& b = job.between;
+  const double scale = p.scales.soft_scale * b.factor;
+  const double q = sured ? squared(job.sure.student, job.sums.student) : squared(job.sums.student);
+  const double error =
+      scale == 0 ? 0 : scale * scale * (b.off + (sured ? 0 : b.off_at_max) + b.mean * b.mean * q);
+  return !gradient_at_risk(p, job.sums, job.f, hard, sured, job.sure, error, job.squares, kError);
+}
+
 // Sweep 2 with those entries put in, unless float32 was not enough; in place nothing is lost then.
 template <typename Real, int P>
 void write(const KdProblem& p, Job<Real>& job) {
   const Place<Real>& place = job.place;
   job.squares += sweep2<Real, P>(p, job.sums, job.f, place, job.scratch);
-  if (!gradient_is_exact(p, job.sums, job.f, P != kNoCrossEntropy, job.sure, job.squares, kError)) {
+  if (!is_exact(p, job, P != kNoCrossEntropy)) {
     job.good = kLoss;
     return;
   }
@@ -155,10 +188,12 @@ const Steps<Real>& steps_of(Power power) {
 
 template <typename Real>
 Scratch<Real> scratch_of(const KdProblem& p, char* memory) {
-  const int64_t row_size = kd_scratch_row(p);
+  const int64_t row_size = kd_scratch_row(p), blocks = p.classes / kBlock + 1;
   Real* const base = (Real*)memory;
-  Real* const maxima = base + 3 * row_size;
-  return {base, base + row_size, base + 2 * row_size, maxima, maxima + p.classes / kBlock + 1};
+  Real* const v = base + 3 * row_size;
+  Real* const maxima = p.general ? v + row_size + 2 * kBlock : v;
+  return {base, base + row_size, base + 2 * row_size,  maxima, maxima + blocks,
+          v,    v + row_size,    v + row_size + kBlock};
 }
 
 template <typename Real>
@@ -169,6 +204,7 @@ Good visit(const KdProblem& p, int64_t row, char* memory) {
   prepare(p, job);
   job.place = place_of(p, row, job.scratch);
   steps_of<Real>(job.power).collect(p, job);
+  if (p.general) compare(p, job);
   conclude(p, job);
   if (!p.grad || job.good != kAll) return job.good;
   const Steps<Real>& steps = steps_of<Real>(job.gradient_power);

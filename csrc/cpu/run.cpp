@@ -76,6 +76,26 @@ double max_weight(const KdProblem& p) {
   return p.weight && p.classes ? *std::max_element(p.weight, p.weight + p.classes) : 1;
 }
 
+// At most the largest entry of a row's gradient, where 1 is forward KL's. Of the others q log(q /
+// p) is a quarter of the range of log(q / p), which logits of any use do not make 256; powers
+// outside [0, 1] have no bound, and get what room there is.
+double largest_factor(const KdProblem& p) {
+  if (!p.general) return 1;
+  double total = 0;
+  for (int k = 0; k < p.terms; ++k) {
+    const KdTerm& t = p.term[k];
+    double largest = std::fabs(t.weight);
+    if (t.row_weight)
+      for (int64_t i = 0; i < p.rows; ++i) largest = std::max(largest, std::fabs(t.row_weight[i]));
+    const bool powers = t.kind == kAlphaDivergence || t.kind == kRenyi;
+    const bool unbounded = powers && (t.parameter < 0 || t.parameter > 1);
+    total += largest * (t.kind == kForwardKL || t.kind == kTotalVariation ? 1
+                        : unbounded                                       ? 1024
+                                                                          : 16);
+  }
+  return total;
+}
+
 // From here on a gradient is written past the caches: see benchmarks/NOTES.md.
 constexpr int64_t kStreamBytes = int64_t{1} << 22;
 
@@ -172,12 +192,12 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   const double soft_rows = mean && counts.soft ? static_cast<double>(counts.soft) : 1;
   const double hard_rows = mean && counts.hard != 0 ? counts.hard : 1;
   p.scales.weight_sum = p.weight ? sum(p.weight, p.classes) : static_cast<double>(p.classes);
-  p.scales.soft_scale = p.alpha * p.temperature / soft_rows;
+  p.scales.soft_scale = p.alpha * p.soft_factor / p.temperature / soft_rows;
   p.scales.hard_scale = (1 - p.alpha) / hard_rows;
-  const double grad_scale =
-      p.grad && p.student_dtype == kFloat16
-          ? float16_scale(p.scales.soft_scale, p.scales.hard_scale, max_weight(p))
-          : 1;
+  const double grad_scale = p.grad && p.student_dtype == kFloat16
+                                ? float16_scale(p.scales.soft_scale * largest_factor(p),
+                                                p.scales.hard_scale, max_weight(p))
+                                : 1;
   p.scales.soft_scale *= grad_scale;
   p.scales.hard_scale *= grad_scale;
   p.in_double = p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64;

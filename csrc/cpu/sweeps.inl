@@ -22,6 +22,7 @@ template <typename Real>
 struct Scratch {
   Real *student, *teacher, *hard;   // [C] exponentials; [kBlock] where no gradient is asked for
   Real *student_max, *teacher_max;  // [blocks] the maxima each block's exponentials refer to
+  Real *v, *distance, *exponent;    // [C], [kBlock], [kBlock]: divergences.inl
 };
 
 inline int64_t element_size(KdDtype dtype) {
@@ -154,9 +155,10 @@ struct Ahead {
   }
 };
 
-template <typename Real, int P, bool kStore>
+template <typename Real, int P, bool kStore, bool kTwo = false>
 void exponentials(const Real* s, const Real* t, int64_t n, const Exponent<Real>& soft_exponent,
-                  Sums<Real>& sums, Real* out_s, Real* out_t, Real* out_hard, Ahead& ahead) {
+                  const Exponent<Real>& teacher_exponent, Sums<Real>& sums, Real* out_s,
+                  Real* out_t, Real* out_hard, Ahead& ahead) {
   typedef Vec<Real> V;
   constexpr int L = Lanes<Real>::kCount;
   const Exponent<Real> hard_exponent(kLog2E);
@@ -173,10 +175,11 @@ void exponentials(const Real* s, const Real* t, int64_t n, const Exponent<Real>&
     for (int k = 0; k < N; ++k) {
       e[k] = e1[k] = at_least(x[k] - student_max, masked);
       // Below `least` the teacher's exponential is 0, whatever the distance: times -inf, too.
-      e[N + k] = at_least(y[k] - teacher_max, soft_exponent.least);
+      e[N + k] = at_least(y[k] - teacher_max, kTwo ? masked : soft_exponent.least);
       product[k] = e[N + k] - e[k];
     }
-    exp2_scaled<Real>(e, soft_exponent);
+    kTwo ? exp2_scaled<Real>(e, soft_exponent, teacher_exponent)
+         : exp2_scaled<Real>(e, soft_exponent);
     if (P == kOwnExponential) exp2_scaled<Real>(e1, hard_exponent);
 #pragma GCC unroll 2
     for (int k = 0; k < N; ++k) {
@@ -252,7 +255,8 @@ double weighted_sum(const KdProblem& p, const Real* logits, int64_t first, int64
   return sum;
 }
 
-template <typename Real, int P, bool kStore>
+// `kTwo`: two temperatures, or a divergence that asks what the teacher masks.
+template <typename Real, int P, bool kStore, bool kTwo = false>
 Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Real>& scratch) {
   const int64_t student_width = element_size(p.student_dtype);
   const int64_t teacher_width = element_size(p.teacher_dtype);
@@ -267,6 +271,8 @@ Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Re
   Sums<Real> sums = {(Real)-INFINITY, (Real)-INFINITY, 0, 0, 0, 0, 0, false};
   const double inverse_t = 1.0 / p.temperature;
   const Exponent<Real> soft_exponent(kLog2E * inverse_t);
+  const double teacher_inverse_t = kTwo ? 1.0 / p.teacher_temperature : inverse_t;
+  const Exponent<Real> teacher_exponent(kLog2E * teacher_inverse_t);
   const bool smoothing = P != kNoCrossEntropy && p.label_smoothing > 0;
   for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
     const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
@@ -280,10 +286,14 @@ Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Re
     if (s.low == -INFINITY)
       for (int64_t i = 0; i < n; ++i)
         sums.masked |= s.values[i] == -INFINITY && t.values[i] > -INFINITY;
+    if (kTwo && t.low == -INFINITY)
+      for (int64_t i = 0; i < n; ++i)
+        sums.teacher_masked |= t.values[i] == -INFINITY && s.values[i] > -INFINITY;
     if (smoothing) sums.smooth += weighted_sum(p, s.values, first, n);
-    raise_maxima(sums, s.high, t.high, inverse_t);
-    exponentials<Real, P, kStore>(s.values, t.values, n, soft_exponent, sums, out_s + at,
-                                  scratch.teacher + at, scratch.hard + at, ahead);
+    raise_maxima(sums, s.high, t.high, inverse_t, teacher_inverse_t);
+    exponentials<Real, P, kStore, kTwo>(s.values, t.values, n, soft_exponent, teacher_exponent,
+                                        sums, out_s + at, scratch.teacher + at, scratch.hard + at,
+                                        ahead);
     if (kStore) {
       scratch.student_max[b] = sums.student_max;
       scratch.teacher_max[b] = sums.teacher_max;
@@ -305,7 +315,7 @@ inline Step step_to(const KdProblem& p, const Sums<Real>& sums, const Scratch<Re
   const double dt = (double)scratch.teacher_max[b] - sums.teacher_max;
   Step step = {1, 1, 1};
   if (ds != 0) step.student = exp(ds * inverse_t), step.hard = exp(ds);
-  if (dt != 0) step.teacher = exp(dt * inverse_t);
+  if (dt != 0) step.teacher = exp(dt / p.teacher_temperature);
   return step;
 }
 

@@ -172,6 +172,24 @@ KD_INLINE Vec<float> at_most(Vec<float> a, Vec<float> bound) { return a > bound 
 KD_INLINE Vec<double> at_least(Vec<double> a, Vec<double> bound) { return a < bound ? bound : a; }
 KD_INLINE Vec<double> at_most(Vec<double> a, Vec<double> bound) { return a > bound ? bound : a; }
 
+KD_INLINE Vec<float> absolute(Vec<float> v) {
+  return (Vec<float>)((Lanes<float>::Bits)v & 0x7fffffff);
+}
+KD_INLINE Vec<double> absolute(Vec<double> v) {
+  return (Vec<double>)((Lanes<double>::Bits)v & 0x7fffffffffffffff);
+}
+
+// 1 / v of normal numbers; a division takes as long as a dozen other instructions.
+KD_INLINE Vec<float> reciprocal(Vec<float> v) {
+#if defined(__AVX512F__)
+  const Vec<float> near = (Vec<float>)_mm512_rcp14_ps((__m512)v);
+  return near + near * (1.0f - v * near);
+#else
+  return 1.0f / v;
+#endif
+}
+KD_INLINE Vec<double> reciprocal(Vec<double> v) { return 1.0 / v; }
+
 // Each half of a vector in double.
 #if defined(__AVX512F__)
 KD_INLINE Vec<double> low_half(Vec<float> v) {
@@ -296,19 +314,22 @@ struct Exponent {
 
 // 2^(d * scale) for d <= 0; 0 below the smallest normal number, NaN for NaN. In place of d, and
 // step by step for all of them: each step of one waits for the step before, and the processor looks
-// hardly further ahead than one of them is long.
+// hardly further ahead than one of them is long. The second half may have a scale of its own.
 template <typename Real, int N>
-KD_INLINE void exp2_scaled(Vec<Real> (&d)[N], const Exponent<Real>& scale) {
+KD_INLINE void exp2_scaled(Vec<Real> (&d)[N], const Exponent<Real>& scale,
+                           const Exponent<Real>& second) {
   typedef Lanes<Real> L;
   Vec<Real> biased[N], f[N], p[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    d[i] = at_least(d[i], scale.least);
-    biased[i] = d[i] * scale.high + L::kRound;
+    const Exponent<Real>& own = 2 * i < N ? scale : second;
+    d[i] = at_least(d[i], own.least);
+    biased[i] = d[i] * own.high + L::kRound;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    f[i] = (d[i] * scale.high - (biased[i] - L::kRound)) + d[i] * scale.low;
+    const Exponent<Real>& own = 2 * i < N ? scale : second;
+    f[i] = (d[i] * own.high - (biased[i] - L::kRound)) + d[i] * own.low;
     p[i] = splat<Real>(Exp2<Real>::kFirst);
   }
 #pragma GCC unroll 16
@@ -318,6 +339,10 @@ KD_INLINE void exp2_scaled(Vec<Real> (&d)[N], const Exponent<Real>& scale) {
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
     d[i] = p[i] * (Vec<Real>)((typename L::Bits)biased[i] << L::kMantissaBits);
+}
+template <typename Real, int N>
+KD_INLINE void exp2_scaled(Vec<Real> (&d)[N], const Exponent<Real>& scale) {
+  exp2_scaled<Real>(d, scale, scale);
 }
 template <typename Real>
 KD_INLINE Vec<Real> exp2_scaled(Vec<Real> d, const Exponent<Real>& scale) {
@@ -344,4 +369,36 @@ KD_INLINE Vec<double> natural_log(Vec<double> x) {
   series = series * v + 1.0 / 5;
   series = series * v + 1.0 / 3;
   return e * 0.69314718055994530942 + 2.0 * (u + u * v * series);
+}
+
+// The same in float32, of numbers from 2^-100 to 1, to 1e-7 of itself: by a polynomial in m - 1.
+KD_INLINE Vec<float> natural_log(Vec<float> x) {
+  typedef uint32_t Bits __attribute__((vector_size(KD_VECTOR_BYTES)));
+  constexpr uint32_t kBias = uint32_t{127} << 23, kRootHalf = 0x3f3504f3;
+  const Bits shifted = (Bits)x - kRootHalf + kBias, exponent = shifted >> 23;
+  const Vec<float> t = (Vec<float>)((Bits)x - ((exponent << 23) - kBias)) - 1.0f, z = t * t;
+  const Vec<float> e = (Vec<float>)(exponent | uint32_t{0x4b} << 24) - (0x1p23f + 127.0f);
+  Vec<float> p = t * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * t + 1.1676998740e-1f;
+  p = p * t - 1.2420140846e-1f;
+  p = p * t + 1.4249322787e-1f;
+  p = p * t - 1.6668057665e-1f;
+  p = p * t + 2.0000714765e-1f;
+  p = p * t - 2.4999993993e-1f;
+  p = p * t + 3.3333331174e-1f;
+  const Vec<float> small = p * t * z + e * -2.12194440e-4f - z * 0.5f;
+  return e * 0.693359375f + (t + small);
+}
+
+// e^(x log 2) of any x that is a number: 0 and infinity where they must be.
+template <typename Real>
+KD_INLINE Vec<Real> exp2_any(Vec<Real> x) {
+  typedef Lanes<Real> L;
+  constexpr Real kInfinite = (Real)(sizeof(Real) == 4 ? 128 : 1024);
+  x = at_most(at_least(x, splat<Real>(L::kMinExponent)), splat(kInfinite));
+  const Vec<Real> biased = x + L::kRound, f = x - (biased - L::kRound);
+  Vec<Real> p = splat<Real>(Exp2<Real>::kFirst);
+#pragma GCC unroll 16
+  for (const Real coefficient : Exp2<Real>::kOthers) p = p * f + coefficient;
+  return p * (Vec<Real>)((typename L::Bits)biased << L::kMantissaBits);
 }

@@ -43,6 +43,7 @@ void run(uintptr_t student, uintptr_t teacher, uintptr_t labels, uintptr_t weigh
   p.classes = classes;
   p.ignore_index = ignore_index;
   p.temperature = temperature;
+  p.soft_factor = temperature * temperature;
   p.alpha = alpha;
   p.label_smoothing = label_smoothing;
   p.out = {static_cast<KdReduction>(reduction), p.student_dtype == kFloat64, pointer<void>(loss),

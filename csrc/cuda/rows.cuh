@@ -145,7 +145,8 @@ class RowWork {
       if (chunks > 1 && (chunk > 0 || sizeof(Real) == 8)) copy_again(chunk);
       const Maxima<Native> m = maxima(chunk);
       if (chunk > 0) {
-        raise_maxima(sums, static_cast<Real>(m.student), static_cast<Real>(m.teacher), inverse_t);
+        raise_maxima(sums, static_cast<Real>(m.student), static_cast<Real>(m.teacher), inverse_t,
+                     inverse_t);
       } else {
         sums.student_max = m.student;
         sums.teacher_max = m.teacher;

@@ -27,21 +27,27 @@ PLAIN_CPU = PlainCPUBackend()
 
 @functools.lru_cache(maxsize=256)
 def select(
-    name: str | None, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    name: str | None,
+    device: torch.device,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    unusual: str | None = None,
 ) -> Backend:
     """The named backend, or the best one, for logits of this device and these dtypes.
+
+    ``unusual``: what is asked for that only some backends have (``Options.unusual``).
 
     Raises:
         RuntimeError: the named backend cannot run, with the reason.
     """
     if name is not None:
-        reason = BACKENDS[name].why_not(device, student_dtype, teacher_dtype)
+        reason = _why_not(BACKENDS[name], device, student_dtype, teacher_dtype, unusual)
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return BACKENDS[name]
     reasons: list[str] = []  # of the backends that were made for this device
     for backend in BACKENDS.values():
-        reason = backend.why_not(device, student_dtype, teacher_dtype)
+        reason = _why_not(backend, device, student_dtype, teacher_dtype, unusual)
         if reason is None:
             if reasons and backend.name == "reference":  # select is cached: the warning comes once
                 warnings.warn(
@@ -53,6 +59,19 @@ def select(
         if device.type in backend.device_types:
             reasons.append(f"backend {backend.name!r} cannot run: {reason}")
     raise AssertionError("the reference serves every device and dtype")
+
+
+def _why_not(
+    backend: Backend,
+    device: torch.device,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    unusual: str | None,
+) -> str | None:
+    reason = backend.why_not(device, student_dtype, teacher_dtype)
+    if reason is None and unusual is not None and not backend.divergences:
+        return f"it has no kernel yet for {unusual}"
+    return reason
 
 
 def report() -> list[tuple[str, bool, str]]:

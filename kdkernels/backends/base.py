@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kdkernels.checks import Options
+    from kdkernels.divergences import PerRow
 
 
 class Result(NamedTuple):
@@ -60,6 +61,7 @@ class Backend(Protocol):
 
     name: str
     device_types: tuple[str, ...]  # it was made for; the reference serves any
+    divergences: bool  # it has more than the forward KL at one temperature times T²
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""
@@ -82,6 +84,7 @@ class Backend(Protocol):
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
+        per_row: PerRow,  # [...]
     ) -> Result:
         """Loss, and on request its terms and the gradient (``inplace``: over ``student``)."""
 

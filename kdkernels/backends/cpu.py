@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.backends.native import DTYPE_CODES, REDUCTION_CODES, address, laid_out, why_not_built
+from kdkernels.divergences import DIVERGENCES, FORWARD_KL, Term, of_term
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from kdkernels.checks import Options
+    from kdkernels.divergences import PerRow
 
 try:
     # After torch, whose libgomp the kernel then finds and shares.
@@ -46,9 +48,25 @@ def _new_gradient(student: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _native(options: Options) -> _cpu.Options:
-    temperature, alpha, ignore_index, smoothing, reduction, distill_ignored = options
-    code = REDUCTION_CODES[reduction]
-    return _cpu.Options(temperature, alpha, ignore_index, smoothing, code, distill_ignored)
+    plain = options.divergence == FORWARD_KL and options.teacher_temperature is None
+    mixture = [] if plain else options.divergence
+    return _cpu.Options(
+        options.temperature,
+        options.alpha,
+        options.ignore_index,
+        options.label_smoothing,
+        REDUCTION_CODES[options.reduction],
+        options.distill_ignored,
+        options.teacher_temperature or options.temperature,
+        options.temperature**2 if options.scale_by_t2 else 1.0,
+        [(DIVERGENCES[term.name].code, term.weight, term.parameter) for term in mixture],
+    )
+
+
+def _of_rows(term: Term, per_row: PerRow) -> list[Tensor | None]:
+    """What native code reads of a term per row."""
+    wide = [None if t is None else t.to(torch.float64) for t in of_term(term, per_row)]
+    return [None if t is None else t.resolve_neg().contiguous() for t in wide]
 
 
 def empty_cache() -> int:
@@ -67,6 +85,7 @@ def empty_cache() -> int:
 class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
+    divergences = True
 
     def unavailable(self) -> str | None:
         return None if _cpu is not None else why_not_built("cpu", _import_error)
@@ -104,6 +123,7 @@ class CPUBackend:
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
+        per_row: PerRow,
     ) -> Result:
         classes = student.shape[-1]
         source, student_rows = laid_out(student)
@@ -121,6 +141,7 @@ class CPUBackend:
         elif want_grad:
             grad = _new_gradient(student)
             grad_rows = (1, classes, 0)
+        of_rows = [_of_rows(term, per_row) for term in options.divergence] if per_row else []
         shape = student.shape[:-1] if options.reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)
         loss = student.new_empty(shape, dtype=loss_dtype)
@@ -145,6 +166,7 @@ class CPUBackend:
             DTYPE_CODES[teacher.dtype],
             labels is not None and labels.dtype == torch.int64,
             torch.get_num_threads(),
+            [tuple(0 if t is None else t.data_ptr() for t in pair) for pair in of_rows],
         )
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
@@ -173,8 +195,9 @@ class PlainCPUBackend(CPUBackend):
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
+        per_row: PerRow,
     ) -> Result:
-        """As :class:`Backend`'s, without weight, want_terms and inplace."""
+        """As :class:`Backend`'s, without weight, want_terms, inplace and per_row."""
         assert labels is not None  # or it were not plain
         grad = _new_gradient(student) if want_grad else None
         if options.reduction == "none":

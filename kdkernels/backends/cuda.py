@@ -21,6 +21,7 @@ from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from kdkernels.checks import Options
+    from kdkernels.divergences import PerRow
 
 _cuda: Any
 try:
@@ -33,6 +34,7 @@ except ImportError as error:
 class CUDABackend:
     name = "cuda"
     device_types: tuple[str, ...] = ("cuda",)
+    divergences = False
     module: Any = _cuda
 
     def unavailable(self) -> str | None:
@@ -85,8 +87,9 @@ class CUDABackend:
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
+        per_row: PerRow,
     ) -> Result:
-        temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored = options
+        temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored, *_ = options
         classes = student.shape[-1]
         source, student_rows = laid_out(student)
         teacher, teacher_rows = laid_out(teacher)

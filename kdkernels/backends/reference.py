@@ -13,11 +13,13 @@ from kdkernels.reference import accumulation_dtype, kd_terms
 
 if TYPE_CHECKING:
     from kdkernels.checks import Options
+    from kdkernels.divergences import PerRow
 
 
 class ReferenceBackend:
     name = "reference"
     device_types: tuple[str, ...] = ()
+    divergences = True
 
     def unavailable(self) -> str | None:
         return None
@@ -42,18 +44,23 @@ class ReferenceBackend:
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
+        per_row: PerRow,
     ) -> Result:
         """Differentiable as it stands; ``want_grad`` is asked for with ``inplace`` only."""
         check = student.device.type == "cpu" or os.environ.get("KDKERNELS_CHECK_LABELS") == "1"
         if labels is not None and check:
             check_labels(labels, student.shape[-1], options.ignore_index)
         if not want_grad:
-            terms = kd_terms(student, teacher, labels, weight=weight, **options._asdict())
+            terms = kd_terms(
+                student, teacher, labels, weight=weight, per_row=per_row, **options._asdict()
+            )
             return Result(terms.loss, terms.soft, terms.hard, None)
         with torch.enable_grad():
             leaf = student.detach().to(accumulation_dtype(student.dtype), copy=True)
             leaf.requires_grad_()
-            terms = kd_terms(leaf, teacher, labels, weight=weight, **options._asdict())
+            terms = kd_terms(
+                leaf, teacher, labels, weight=weight, per_row=per_row, **options._asdict()
+            )
             (grad,) = torch.autograd.grad(terms.loss.sum(), leaf)
         grad_scale: float | Tensor = 1.0
         if student.dtype == torch.float16 and grad.numel():

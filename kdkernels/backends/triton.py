@@ -25,6 +25,7 @@ from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from kdkernels.checks import Options
+    from kdkernels.divergences import PerRow
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE_TYPES = ("cuda", "xpu")  # AMD's are "cuda" to torch
@@ -180,6 +181,7 @@ def _single(value: float) -> float:
 class TritonBackend:
     name = "triton"
     device_types: tuple[str, ...] = DEVICE_TYPES
+    divergences = False
 
     def unavailable(self) -> str | None:
         return _why_no_device()
@@ -220,6 +222,7 @@ class TritonBackend:
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
+        per_row: PerRow,
     ) -> Result:
         if labels is not None and os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
             check_labels(labels, student.shape[-1], options.ignore_index)

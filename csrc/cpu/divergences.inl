@@ -1,0 +1,503 @@
+// Divergences between p (teacher) and q (student) that need both normalised: a sweep between the
+// two, from the exponentials that the first has left to v = q df/dq, which the last takes for the
+// teacher's exponentials: the gradient of any of them is (v - q sum v) / T. Included inside an
+// anonymous namespace, after sweeps.inl.
+//
+// A divergence is a policy: of a vector of classes its terms, and what they are off by. Adding one
+// is adding a policy, a line to visit_policy and a value to KdDivergence.
+
+// A vector of classes. `distance` is log(q / p) but for a constant of the row, `ratio` with it;
+// `exponent` is log q but for a constant; `spread` 1 and twice the constant.
+template <typename V>
+struct Classes {
+  V p, q, distance, ratio, exponent, spread;
+};
+
+// Terms of `value`, of v, and of what the row's constant is to be multiplied with and added to the
+// value (rounded to float32 in every term it would be off by the same in all). A constant in df/dq
+// drops out of the gradient and is left out. `off`: by how many roundings v may be off.
+template <typename V>
+struct Terms {
+  V value, v, constant, off;
+};
+
+// The error of `ratio`, in roundings.
+template <typename V>
+KD_INLINE V ratio_off(const Classes<V>& c) {
+  return absolute(c.distance) + absolute(c.exponent) + c.spread;
+}
+
+// log m, log(p / m) and log(q / m) of the mixture m = w p + (1 - w) q, by way of its ratio to the
+// larger of the two: none of them can overflow, and all are exact where p = q.
+template <typename V>
+struct Mixture {
+  V largest, smallest, y;  // m = largest * y
+  V p_value, p_constant;   // log(p / m) but for the constant, and its sign
+  V q_value, q_constant;   // log(q / m)
+  V q_ratio;               // log(q / m) with the constant
+};
+
+template <typename V>
+KD_INLINE Mixture<V> mixture(const Classes<V>& c, double w) {
+  typedef decltype(c.p[0] + 0) Real;
+  Mixture<V> m;
+  const auto p_larger = c.p >= c.q;
+  const V tiny = splat<Real>((Real)0x1p-100);
+  m.largest = p_larger ? c.p : c.q;
+  m.smallest = p_larger ? c.q : c.p;
+  const V inverse = reciprocal(at_least(m.largest, tiny)), one = splat<Real>(1), none = {};
+  const V share = p_larger ? splat((Real)(1 - w)) : splat((Real)w);  // of the smaller
+  const V rest = p_larger ? splat((Real)w) : splat((Real)(1 - w));
+  const V ratio = m.smallest * inverse, less = share * ((m.smallest - m.largest) * inverse);
+  // Next to 1 what is rounded off is put back; further away 1 + less has lost the digits of
+  // `ratio`.
+  const auto is_near = ratio > splat<Real>((Real)0.5);
+  const V near = one + less;
+  m.y = is_near ? near : rest + share * ratio;
+  const V log_y = natural_log(m.y) + (is_near ? less - (near - one) : none);
+  m.p_value = p_larger ? -log_y : -c.distance - log_y;
+  m.p_constant = p_larger ? none : -one;
+  m.q_value = p_larger ? c.distance - log_y : -log_y;
+  m.q_constant = p_larger ? one : none;
+  m.q_ratio = p_larger ? c.ratio - log_y : -log_y;
+  return m;
+}
+
+struct ForwardKL {
+  static constexpr bool kConstant = true;
+  explicit ForwardKL(double) {}
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    return {-c.p * c.distance, -c.p, -c.p, c.p + c.p};
+  }
+};
+
+struct ReverseKL {
+  static constexpr bool kConstant = true;
+  explicit ReverseKL(double) {}
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    const V term = c.q * c.distance;
+    return {term, term, c.q, c.q * ratio_off(c)};
+  }
+};
+
+// b KL(p | m) + (1 - b) KL(q | m), m = b p + (1 - b) q.
+struct JensenShannon {
+  static constexpr bool kConstant = true;
+  double b;
+  explicit JensenShannon(double beta) : b(beta) {}
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    const V p = (Real)b * c.p, q = (Real)(1 - b) * c.q;
+    const auto m = mixture(c, b);
+    return {p * m.p_value + q * m.q_value, q * m.q_ratio, p * m.p_constant + q * m.q_constant,
+            q * ratio_off(c)};
+  }
+};
+
+// KL(p | l p + (1 - l) q).
+struct SkewForwardKL {
+  static constexpr bool kConstant = true;
+  double l;
+  explicit SkewForwardKL(double skew) : l(skew) {}
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    const auto m = mixture(c, l);
+    const V v = (Real)(l - 1) * m.smallest * reciprocal(m.y);  // p q / m
+    return {c.p * m.p_value, v, c.p * m.p_constant, -4 * v};
+  }
+};
+
+// KL(q | l q + (1 - l) p).
+struct SkewReverseKL {
+  static constexpr bool kConstant = true;
+  double l;
+  explicit SkewReverseKL(double skew) : l(skew) {}
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    const auto m = mixture(c, 1 - l);
+    const V share = (Real)l * c.q * reciprocal(at_least(m.largest, splat((Real)0x1p-100)) * m.y);
+    return {c.q * m.q_value, c.q * (m.q_ratio - share), c.q * m.q_constant,
+            c.q * (ratio_off(c) + 4)};
+  }
+};
+
+// Its v jumps where p = q: next to that the sign of their difference is anybody's guess.
+struct TotalVariation {
+  static constexpr bool kConstant = false;
+  explicit TotalVariation(double) {}
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    const V half = c.q / 2, none = {};
+    const V v = c.q > c.p ? half : c.q < c.p ? -half : none;
+    const auto sure = absolute(c.ratio) > ratio_off(c) * (4 * (float)kEpsilon);
+    return {absolute(c.p - c.q) / 2, v, none, sure ? c.q : c.q * 0x1p60f};
+  }
+};
+
+// p^a q^(1 - a). `norm`: of both distributions, for what exponent and distance leave out.
+template <typename V>
+KD_INLINE V geometric(const Classes<V>& c, double a, double norm, double shift, V& exponent) {
+  typedef decltype(c.p[0] + 0) Real;
+  exponent = c.exponent - c.distance * (Real)a - (Real)shift;
+  return exp2_any<Real>(exponent * (Real)kLog2E) * (Real)norm;
+}
+
+// Its error, in roundings.
+template <typename V>
+KD_INLINE V geometric_off(const Classes<V>& c, V exponent, double a) {
+  typedef decltype(c.p[0] + 0) Real;
+  return absolute(exponent) + absolute(c.exponent) +
+         absolute(c.distance) * (Real)(a < 0 ? -2 * a : 2 * a) + (Real)4;
+}
+
+// (sum p^a q^(1 - a) - 1) / (a (a - 1)), with the 1 taken off class by class.
+struct AlphaDivergence {
+  static constexpr bool kConstant = false;
+  double a, norm;
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    V exponent;
+    const V w = geometric(c, a, norm, 0, exponent);
+    const V value = (w - c.p * (Real)a - c.q * (Real)(1 - a)) * (Real)(1 / (a * (a - 1)));
+    const V v = w * (Real)(-1 / a);
+    return {value, v, V{}, absolute(v) * geometric_off(c, exponent, a)};
+  }
+};
+
+// The sum under Renyi's logarithm, and then, times 1 / sum, its v.
+struct Renyi {
+  static constexpr bool kConstant = false;
+  double a, norm, shift, inverse_sum;
+  template <typename V>
+  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    V exponent;
+    const V w = geometric(c, a, norm, shift, exponent), v = w * (Real)-inverse_sum;
+    return {w, v, V{}, absolute(v) * geometric_off(c, exponent, a)};
+  }
+};
+
+// ---- a row
+// ---------------------------------------------------------------------------------------
+
+template <typename Real>
+KD_INLINE double total_of(Vec<Real> v) {
+  WideSum<Real> sum;
+  sum.add(v);
+  return sum.total();
+}
+
+// A block of a row between the sweeps.
+template <typename Real>
+struct BlockBetween {
+  const Real *es, *et, *distance, *exponent;
+  int64_t n;
+  Real to_q, to_p, constant;
+  Real maximum;  // the student's exponential of a class that it may be sure of
+};
+
+template <typename Real>
+struct SumsBetween {
+  double value = 0, v = 0, constant = 0;
+  double off = 0, off_at_max = 0;  // squares, of the classes but the maximum, and of that
+};
+
+template <typename Real, typename Policy>
+SumsBetween<Real> add_terms(const Policy& policy, const BlockBetween<Real>& block, double weight,
+                            Real* v, bool first) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const V to_q = splat(block.to_q), to_p = splat(block.to_p), constant = splat(block.constant);
+  const V share = splat((Real)weight), maximum = splat(block.maximum);
+  const V spread = splat(1 + 2 * (block.constant < 0 ? -block.constant : block.constant));
+  WideSum<Real> value, sum, constants;
+  V off = {}, off_at_max = {};
+  auto step = [&](V es, V et, V distance, V exponent) __attribute__((always_inline)) {
+    const Classes<V> c = {et * to_p, es * to_q, distance, distance + constant, exponent, spread};
+    return policy.at(c);
+  };
+  auto bound = [&](V es, V error) __attribute__((always_inline)) {
+    error *= share;
+    const auto is_max = es == maximum;
+    const V others = is_max ? V{} : error, at_max = is_max ? error : V{};
+    off += others * others;
+    off_at_max += at_max * at_max;
+  };
+  auto whole = [&](int64_t k) __attribute__((always_inline)) {
+    const V es = load(block.es + k);
+    const Terms<V> t =
+        step(es, load(block.et + k), load(block.distance + k), load(block.exponent + k));
+    bound(es, t.off);
+    store(v + k, first ? t.v * share : load(v + k) + t.v * share);
+    return t;
+  };
+  auto add = [&](const Terms<V>& t) __attribute__((always_inline)) {
+    value.add(t.value);
+    sum.add(t.v);
+    if (Policy::kConstant) constants.add(t.constant);
+  };
+  int64_t i = 0;
+  // Pairs are summed before they are widened, as in exponentials().
+  for (; i + 2 * L <= block.n; i += 2 * L) {
+    const Terms<V> a = whole(i), b = whole(i + L);
+    add({a.value + b.value, a.v + b.v, a.constant + b.constant, V{}});
+  }
+  for (; i + L <= block.n; i += L) add(whole(i));
+  if (const int64_t left = block.n - i) {
+    const Real none = 0;
+    const auto part = [&](const Real* x) { return load_part(x + i, left, none); };
+    const V es = part(block.es);
+    const Terms<V> t = step(es, part(block.et), part(block.distance), part(block.exponent));
+    bound(es, keep_part(t.off, left));
+    store_part(v + i, left, first ? t.v * share : part(v) + t.v * share);
+    add({keep_part(t.value, left), keep_part(t.v, left), keep_part(t.constant, left), V{}});
+  }
+  return {value.total(), sum.total(), constants.total(), total_of<Real>(off),
+          total_of<Real>(off_at_max)};
+}
+
+// The logits of a block as distances and exponents.
+template <typename Real, typename S, typename T>
+void measure(const KdProblem& p, const Sums<Real>& sums, const S* student, const T* teacher,
+             int64_t n, Real* distance, Real* exponent) {
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount;
+  const double inverse = 1 / p.temperature, teacher_inverse = 1 / p.teacher_temperature;
+  const bool equal = p.temperature == p.teacher_temperature;
+  const V student_max = splat(reference_of(sums.student_max));
+  const V teacher_max = splat(reference_of(sums.teacher_max));
+  const V lowest = splat((Real)-0x1p100);  // in the place of -inf: 0 times it is 0
+  auto step = [&](V x, V y, Real* d, Real* e) __attribute__((always_inline)) {
+    const V ds = at_least(x - student_max, lowest), dt = at_least(y - teacher_max, lowest);
+    const V a = at_least(ds * (Real)inverse, lowest),
+            b = at_least(dt * (Real)teacher_inverse, lowest);
+    store(d, equal ? at_least(at_most((ds - dt) * (Real)inverse, -lowest), lowest) : a - b);
+    store(e, a);
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L)
+    step(Read<Real, S>::at(student + i), Read<Real, T>::at(teacher + i), distance + i,
+         exponent + i);
+  if (i < n) {
+    Real x[L] = {}, y[L] = {}, d[L], e[L];
+    for (int64_t k = i; k < n; ++k) {
+      x[k - i] = (Real)value_of(student[k]);
+      y[k - i] = (Real)value_of(teacher[k]);
+    }
+    step(load(x), load(y), d, e);
+    memcpy(distance + i, d, (n - i) * sizeof(Real));
+    memcpy(exponent + i, e, (n - i) * sizeof(Real));
+  }
+}
+
+template <typename Real, typename S>
+void measure(const KdProblem& p, const Sums<Real>& sums, const S* student, const char* teacher,
+             int64_t first, int64_t n, Real* distance, Real* exponent) {
+  switch (p.teacher_dtype) {
+    case kFloat32:
+      return measure(p, sums, student, (const float*)teacher + first, n, distance, exponent);
+    case kBFloat16:
+      return measure(p, sums, student, (const BFloat16*)teacher + first, n, distance, exponent);
+    case kFloat16:
+      return measure(p, sums, student, (const Float16*)teacher + first, n, distance, exponent);
+    default:
+      return measure(p, sums, student, (const double*)teacher + first, n, distance, exponent);
+  }
+}
+
+template <typename Real>
+void measure(const KdProblem& p, const Sums<Real>& sums, int64_t row, int64_t first, int64_t n,
+             Real* distance, Real* exponent) {
+  const char* const s =
+      (const char*)p.student + p.student_rows.start(row) * element_size(p.student_dtype);
+  const char* const t =
+      (const char*)p.teacher + p.teacher_rows.start(row) * element_size(p.teacher_dtype);
+  switch (p.student_dtype) {
+    case kFloat32:
+      return measure(p, sums, (const float*)s + first, t, first, n, distance, exponent);
+    case kBFloat16:
+      return measure(p, sums, (const BFloat16*)s + first, t, first, n, distance, exponent);
+    case kFloat16:
+      return measure(p, sums, (const Float16*)s + first, t, first, n, distance, exponent);
+    default:
+      return measure(p, sums, (const double*)s + first, t, first, n, distance, exponent);
+  }
+}
+
+// What the sweep between the two comes to.
+struct Between {
+  double loss,
+      loss_off;   // of the soft term, scaled; by how many times forward KL's error it is off
+  double factor;  // of v, for what is below and the gradient
+  double mean;    // sum of v
+  double off, off_at_max;  // squares of what v may be off by, in roundings
+};
+
+// A term of the mixture, for one row.
+struct Term {
+  KdDivergence kind;
+  double weight, parameter, norm, shift, inverse_sum;
+};
+
+// Of the block; v is written for the first term, and added to for others.
+template <typename Real>
+SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real* v, bool first) {
+  switch (t.kind) {
+    case kForwardKL:
+      return add_terms(ForwardKL(0), block, t.weight, v, first);
+    case kReverseKL:
+      return add_terms(ReverseKL(0), block, t.weight, v, first);
+    case kJensenShannon:
+      return add_terms(JensenShannon(t.parameter), block, t.weight, v, first);
+    case kSkewForwardKL:
+      return add_terms(SkewForwardKL(t.parameter), block, t.weight, v, first);
+    case kSkewReverseKL:
+      return add_terms(SkewReverseKL(t.parameter), block, t.weight, v, first);
+    case kTotalVariation:
+      return add_terms(TotalVariation(0), block, t.weight, v, first);
+    case kAlphaDivergence:
+      return add_terms(AlphaDivergence{t.parameter, t.norm}, block, t.weight, v, first);
+    default:
+      return add_terms(Renyi{t.parameter, t.norm, t.shift, t.inverse_sum}, block, t.weight, v,
+                       first);
+  }
+}
+
+// A term as it is for this row: with its own weight and parameter, which may make it another one.
+inline Term term_of(const KdTerm& term, int64_t row) {
+  Term t = {term.kind,
+            term.row_weight ? term.row_weight[row] : term.weight,
+            term.row_parameter ? term.row_parameter[row] : term.parameter,
+            1,
+            0,
+            1};
+  const double a = t.parameter;
+  switch (t.kind) {
+    case kJensenShannon:
+      if (a == 0) t.kind = kForwardKL;
+      if (a == 1) t.kind = kReverseKL;
+      break;
+    case kSkewForwardKL:
+    case kSkewReverseKL:
+      if (a == 1) t.weight = 0;
+      if (a == 0) t.kind = t.kind == kSkewForwardKL ? kForwardKL : kReverseKL;
+      break;
+    case kAlphaDivergence:
+    case kRenyi:
+      if (a == 1) t.kind = kForwardKL;
+      if (a == 0) t.kind = kReverseKL;
+      break;
+    default:
+      break;
+  }
+  return t;
+}
+
+// Where a class that only one of the two has mass on makes it infinite.
+inline bool is_infinite(const Term& t, bool student_masked, bool teacher_masked) {
+  const bool powers = t.kind == kAlphaDivergence || t.kind == kRenyi;
+  if (t.kind == kForwardKL || (powers && t.parameter > 1)) return student_masked;
+  if (t.kind == kReverseKL || (powers && t.parameter < 0)) return teacher_masked;
+  return false;
+}
+
+template <typename Real>
+struct RowBetween {
+  const KdProblem& p;
+  int64_t row;
+  const Sums<Real>& sums;
+  const Real* es;
+  const Scratch<Real>& scratch;
+
+  // All blocks of the row, added to v.
+  template <typename Add>
+  void each_block(Add add) const {
+    const double constant = log(sums.teacher / sums.student);
+    for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
+      const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
+      measure(p, sums, row, first, n, scratch.distance, scratch.exponent);
+      const Step step = step_to(p, sums, scratch, b);
+      const bool saw_max = scratch.student_max[b] == sums.student_max;
+      add(first, BlockBetween<Real>{es + first, scratch.teacher + first, scratch.distance,
+                                    scratch.exponent, n, (Real)(step.student / sums.student),
+                                    (Real)(step.teacher / sums.teacher), (Real)constant,
+                                    (Real)(saw_max ? 1 : 2)});
+    }
+  }
+
+  Between all() const {
+    Between between = {0, 0, 1, 0, 0, 0};
+    Term terms[kMaxTerms];
+    SumsBetween<Real> of[kMaxTerms];
+    int count = 0;
+    for (int k = 0; k < p.terms; ++k)
+      if (const Term t = term_of(p.term[k], row); t.weight != 0) terms[count++] = t;
+    for (int k = 0; k < count; ++k) prepare(terms[k], count == 1);
+    if (count == 0) memset(scratch.v, 0, p.classes * sizeof(Real));
+    each_block([&](int64_t first, const BlockBetween<Real>& block) {
+      for (int k = 0; k < count; ++k) {
+        const SumsBetween<Real> s = add_terms(terms[k], block, scratch.v + first, k == 0);
+        of[k].value += s.value, of[k].v += s.v, of[k].constant += s.constant;
+        between.off += s.off, between.off_at_max += s.off_at_max;
+      }
+    });
+    for (int k = 0; k < count; ++k) {
+      between.loss += p.soft_factor * terms[k].weight * value_of_term(terms[k], of[k]);
+      between.loss_off += fabs(terms[k].weight) * loss_off(terms[k]);
+      between.mean += terms[k].weight * of[k].v;
+    }
+    if (count == 1 && terms[0].kind == kRenyi) between.factor = 1 / of[0].value;
+    return between;
+  }
+
+  // What the powers need of the row. Renyi's v is to be divided by the sum of the powers: at once
+  // where others are added to it, afterwards where it is alone.
+  void prepare(Term& t, bool alone) const {
+    if (t.kind != kAlphaDivergence && t.kind != kRenyi) return;
+    // exp(-a log Z_t - (1 - a) log Z_s), which exponent and distance leave out.
+    const double a = t.parameter;
+    t.norm = exp(-a * log(sums.teacher) - (1 - a) * log(sums.student));
+    if (t.kind != kRenyi) return;
+    if (sizeof(Real) == 8) t.shift = largest_power(a);
+    if (alone) return;
+    double sum = 0;
+    each_block([&](int64_t first, const BlockBetween<Real>& block) {
+      sum += add_terms(t, block, scratch.v + first, true).value;
+    });
+    t.inverse_sum = 1 / sum;
+  }
+
+  // The largest exponent of the powers. Distributions far apart have no other: in float32 their sum
+  // is 0, which is not good enough, and then this is asked for.
+  double largest_power(double a) const {
+    double largest = -INFINITY;
+    each_block([&](int64_t, const BlockBetween<Real>& block) {
+      for (int64_t i = 0; i < block.n; ++i) {
+        const double power = block.exponent[i] - a * block.distance[i];
+        if (power > largest) largest = power;
+      }
+    });
+    return largest;
+  }
+
+  // A sum of powers is off by a rounding of 1, which these multiply.
+  static double loss_off(const Term& t) {
+    const double a = t.parameter;
+    if (t.kind == kAlphaDivergence) return 1 / fabs(a * (a - 1));
+    return t.kind == kRenyi && fabs(a - 1) < 1 ? 1 / fabs(a - 1) : 1;
+  }
+
+  double value_of_term(const Term& t, const SumsBetween<Real>& s) const {
+    double value = s.value + s.constant * log(sums.teacher / sums.student);
+    if (t.kind == kRenyi) value = (log(s.value) + t.shift) / (t.parameter - 1);
+    if (!(sums.student > 0) || !(sums.teacher > 0)) return NAN;  // no distribution
+    if (value == value && is_infinite(t, sums.masked, sums.teacher_masked)) return INFINITY;
+    return value < 0 ? 0 : value;  // rounding
+  }
+};

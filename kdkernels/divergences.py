@@ -1,0 +1,186 @@
+"""The divergences between teacher and student: each in a few lines of PyTorch, and their table.
+
+p is the teacher's distribution and q the student's, as ``log_p`` and ``log_q`` of shape (N, C).
+What each function returns is (N,), twice differentiable in ``log_q``, and exact for classes of
+probability 0: 0 log 0 is 0, and mass on a class that the other has masked (-inf) is infinite where
+the formula says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Parameter = float | Tensor  # a Tensor holds one value per row: (N,)
+
+
+def _column(parameter: Parameter) -> Parameter:
+    return parameter.unsqueeze(-1) if isinstance(parameter, Tensor) else parameter
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Sum of a (log a - log b)."""
+    nothing, infinite = log_a == -torch.inf, (log_a > -torch.inf) & (log_b == -torch.inf)
+    left_out = nothing | infinite  # and not reached by the backward, where 0 * inf would be NaN
+    a, b = torch.where(left_out, 0.0, log_a), torch.where(left_out, 0.0, log_b)
+    terms = torch.where(left_out, 0.0, a.exp() * (a - b))
+    return torch.where(infinite, torch.inf, terms).sum(-1)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, share: Parameter) -> Tensor:
+    """log(share a + (1 - share) b)."""
+    share = torch.as_tensor(_column(share), dtype=log_a.dtype, device=log_a.device)
+    a, b = log_a + share.log(), log_b + torch.log1p(-share)
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    a, b = torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b)
+    return torch.where(nothing, -torch.inf, torch.logaddexp(a, b))
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, parameter: Parameter = 0.0) -> Tensor:
+    """KL(p ‖ q): Hinton, Vinyals and Dean 2015, arXiv:1503.02531."""
+    return _kl(log_p, log_q)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, parameter: Parameter = 0.0) -> Tensor:
+    """KL(q ‖ p): Gu et al. 2024 (MiniLLM), arXiv:2306.08543."""
+    return _kl(log_q, log_p)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: Parameter) -> Tensor:
+    """β KL(p ‖ m) + (1 - β) KL(q ‖ m), m = β p + (1 - β) q: Agarwal et al. 2024, arXiv:2306.13649.
+
+    At β = 0 and 1, where that is 0, forward and reverse KL, as there.
+    """
+    if not isinstance(beta, Tensor):
+        if beta in (0, 1):
+            return _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
+        return _jsd_between(log_p, log_q, beta)
+    rows = log_q.new_zeros(log_q.shape[:1])
+    for chosen, divergence in (
+        (beta == 0, lambda p, q, b: _kl(p, q)),
+        (beta == 1, lambda p, q, b: _kl(q, p)),
+        ((beta > 0) & (beta < 1), _jsd_between),
+    ):
+        rows = rows.index_put((chosen,), divergence(log_p[chosen], log_q[chosen], beta[chosen]))
+    return rows
+
+
+def _jsd_between(log_p: Tensor, log_q: Tensor, beta: Parameter) -> Tensor:
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: Parameter) -> Tensor:
+    """KL(p ‖ λ p + (1 - λ) q): Ko et al. 2024 (DistiLLM), arXiv:2402.03898."""
+    return _kl(log_p, _log_mixture(log_p, log_q, skew))
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: Parameter) -> Tensor:
+    """KL(q ‖ λ q + (1 - λ) p): Ko et al. 2024 (DistiLLM), arXiv:2402.03898."""
+    return _kl(log_q, _log_mixture(log_q, log_p, skew))
+
+
+def total_variation(log_p: Tensor, log_q: Tensor, parameter: Parameter = 0.0) -> Tensor:
+    """½ Σ|p - q|: Wen et al. 2023 (f-distill), arXiv:2307.15190."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def _sum_of_powers(log_p: Tensor, log_q: Tensor, a: float) -> Tensor:
+    """Sum of p^a q^(1 - a)."""
+    no_p, no_q = log_p == -torch.inf, log_q == -torch.inf
+    left_out = no_p | no_q
+    exponents = torch.where(left_out, 0.0, a * log_p + (1 - a) * torch.where(left_out, 0.0, log_q))
+    terms = torch.where(left_out, 0.0, exponents.exp())
+    infinite = (no_q & ~no_p) if a > 1 else (no_p & ~no_q) if a < 0 else torch.zeros_like(no_p)
+    return torch.where(infinite, torch.inf, terms).sum(-1)
+
+
+def alpha_divergence(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
+    """(Σ p^a q^(1-a) - 1) / (a (a - 1)): Amari 1985; Wang et al. 2025 (ABKD), arXiv:2505.04560.
+
+    Its limits at a = 1 and 0 are forward and reverse KL.
+    """
+    assert not isinstance(a, Tensor)
+    if a == 1:
+        return _kl(log_p, log_q)
+    if a == 0:
+        return _kl(log_q, log_p)
+    return (_sum_of_powers(log_p, log_q, a) - 1) / (a * (a - 1))
+
+
+def renyi(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
+    """log(Σ p^a q^(1-a)) / (a - 1): Rényi 1961; its limit at a = 1 is forward KL."""
+    assert not isinstance(a, Tensor)
+    return _kl(log_p, log_q) if a == 1 else _sum_of_powers(log_p, log_q, a).log() / (a - 1)
+
+
+class Divergence(NamedTuple):
+    """A row of the table: what is known of a divergence beside its name."""
+
+    rows: Callable[[Tensor, Tensor, Parameter], Tensor]
+    code: int  # KdDivergence of csrc/cpu/problem.h
+    option: str | None = None  # the option that is its parameter
+
+
+DIVERGENCES = {
+    "forward_kl": Divergence(forward_kl, 0),
+    "reverse_kl": Divergence(reverse_kl, 1),
+    "jsd": Divergence(jsd, 2, "beta"),
+    "skew_forward_kl": Divergence(skew_forward_kl, 3, "skew"),
+    "skew_reverse_kl": Divergence(skew_reverse_kl, 4, "skew"),
+    "total_variation": Divergence(total_variation, 5),
+    "alpha": Divergence(alpha_divergence, 6, "divergence_alpha"),
+    "renyi": Divergence(renyi, 7, "divergence_alpha"),
+}
+
+
+class Term(NamedTuple):
+    """One divergence of a mixture; its numbers hold where none are given per row."""
+
+    name: str
+    weight: float
+    parameter: float
+
+
+PerRow = Mapping[str, Tensor]  # "beta", "skew", or the weight of the divergence of that name
+FORWARD_KL = (Term("forward_kl", 1.0, 0.0),)
+
+
+def split_per_row(divergence: Any, beta: Any, skew: Any) -> tuple[Any, Any, Any, dict[str, Tensor]]:
+    """The options with a number in the place of each Tensor, and those Tensors by name."""
+    per_row: dict[str, Tensor] = {}
+    if isinstance(divergence, Mapping):
+        per_row |= {name: w for name, w in divergence.items() if isinstance(w, Tensor)}
+        divergence = tuple(
+            (name, 1.0 if isinstance(w, Tensor) else w) for name, w in divergence.items()
+        )
+    if isinstance(beta, Tensor):
+        per_row["beta"], beta = beta, 0.5
+    if isinstance(skew, Tensor):
+        per_row["skew"], skew = skew, 0.5
+    return divergence, beta, skew, per_row
+
+
+def of_term(term: Term, per_row: PerRow) -> tuple[Tensor | None, Tensor | None]:
+    """The weights and the parameters of a term that are given per row."""
+    option = DIVERGENCES[term.name].option
+    return per_row.get(term.name), None if option is None else per_row.get(option)
+
+
+def mixture_rows(
+    log_p: Tensor, log_q: Tensor, mixture: tuple[Term, ...], per_row: PerRow
+) -> Tensor:
+    """The weighted sum of a mixture's divergences, (N, C), (N, C) -> (N,)."""
+    total = log_q.new_zeros(log_q.shape[:1])
+    for term in mixture:
+        weights, parameters = of_term(term, per_row)
+        weight = term.weight if weights is None else weights.reshape(-1).to(log_q.dtype)
+        parameter = term.parameter if parameters is None else parameters.reshape(-1).to(log_q.dtype)
+        rows = DIVERGENCES[term.name].rows(log_p, log_q, parameter)
+        # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
+        left_out = torch.as_tensor(weight, device=rows.device) == 0
+        total = total + torch.where(left_out, 0.0, torch.where(left_out, 0.0, rows) * weight)
+    return total
