@@ -23,7 +23,9 @@ def _column(parameter: Parameter) -> Parameter:
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """Sum of a (log a - log b)."""
-    nothing, infinite = log_a == -torch.inf, (log_a > -torch.inf) & (log_b == -torch.inf)
+    nothing = log_a == -torch.inf
+    # Infinite even where a is too small to represent.
+    infinite = ~nothing & (log_a.exp() == 0) & (log_b == -torch.inf)
     left_out = nothing | infinite  # and not reached by the backward, where 0 * inf would be NaN
     a, b = torch.where(left_out, 0.0, log_a), torch.where(left_out, 0.0, log_b)
     terms = torch.where(left_out, 0.0, a.exp() * (a - b))

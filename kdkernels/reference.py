@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.divergences import PerRow, Term, mixture_rows
+from kdkernels.divergences import FORWARD_KL, PerRow, Term, mixture_rows
 
 
 class KDTerms(NamedTuple):
@@ -51,9 +51,9 @@ def kd_terms(
     weight: Tensor | None,  # [C]
     reduction: str,
     distill_ignored: bool,
-    divergence: tuple[Term, ...],
-    teacher_temperature: float | None,
-    scale_by_t2: bool,
+    divergence: tuple[Term, ...] = FORWARD_KL,
+    teacher_temperature: float | None = None,
+    scale_by_t2: bool = True,
     per_row: PerRow | None = None,
 ) -> KDTerms:
     """The loss as :func:`kdkernels.kd_loss` documents it; divergences.py has its soft term."""
