@@ -42,7 +42,7 @@ struct Options {
 
   Options(double temperature, double alpha, int64_t ignore_index, double label_smoothing,
           int reduction, bool distill_ignored, double teacher_temperature, double soft_factor,
-          const std::vector<std::tuple<int, double, double>>& mixture)
+          const std::vector<std::tuple<int, double, double, double>>& mixture)
       : temperature(temperature),
         alpha(alpha),
         ignore_index(ignore_index),
@@ -52,8 +52,9 @@ struct Options {
         teacher_temperature(teacher_temperature),
         soft_factor(soft_factor) {
     if (mixture.size() > kMaxTerms) throw std::invalid_argument("too many divergences");
-    for (const auto& [kind, weight, parameter] : mixture)
-      terms.push_back({static_cast<KdDivergence>(kind), weight, parameter, nullptr, nullptr});
+    for (const auto& [kind, weight, parameter, second] : mixture)
+      terms.push_back(
+          {static_cast<KdDivergence>(kind), weight, parameter, second, nullptr, nullptr});
   }
 
   KdProblem problem() const {
@@ -66,6 +67,7 @@ struct Options {
     p.teacher_temperature = teacher_temperature;
     p.soft_factor = soft_factor;
     p.general = !terms.empty();
+    p.decoupled = p.general && terms[0].kind == kDecoupled;
     p.terms = static_cast<int>(terms.size());
     std::copy(terms.begin(), terms.end(), p.term);
     return p;
@@ -187,7 +189,7 @@ PYBIND11_MODULE(_cpu, m) {
   kd_openmp_library();  // found now, so that a fork is noticed whoever used the threads before
   py::class_<Options>(m, "Options")
       .def(py::init<double, double, int64_t, double, int, bool, double, double,
-                    const std::vector<std::tuple<int, double, double>>&>());
+                    const std::vector<std::tuple<int, double, double, double>>&>());
   m.def("run", &run_laid_out);
   m.def("use_tensors", [](const py::capsule& table, const std::vector<py::type>& types) {
     tensors().use(table, types);

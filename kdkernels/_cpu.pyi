@@ -17,7 +17,7 @@ class Options:
         distill_ignored: bool,
         teacher_temperature: float,
         soft_factor: float,
-        mixture: list[tuple[int, float, float]],
+        mixture: list[tuple[int, float, float, float]],
     ) -> None: ...
 
 def run(

@@ -91,8 +91,23 @@ def _mixture(divergence: Any, parameters: dict[str, float]) -> tuple[Term, ...]:
             raise ValueError(f"divergence_alpha must be finite, got {parameter}")
         if name == "renyi" and not parameter > 0:
             raise ValueError(f"divergence_alpha must be > 0 with 'renyi', got {parameter}")
-        terms.append(Term(name, weight, parameter))
+        terms.append(Term(name, weight, parameter, parameters["dkd_beta"] if name == "dkd" else 0))
+    terms.sort(key=lambda term: term.name != "dkd")
     return tuple(terms)
+
+
+def _check_dkd(mixture: tuple[Term, ...], **others: bool) -> None:
+    """What decoupled distillation does not go together with, and its own weights."""
+    for name, value in (("dkd_alpha", mixture[0].parameter), ("dkd_beta", mixture[0].second)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    if len(mixture) > 1:
+        raise ValueError(
+            f"divergence 'dkd' and {mixture[1].name!r} cannot be mixed in one pass; add two losses"
+        )
+    for option, asked in others.items():
+        if asked:
+            raise ValueError(f"divergence='dkd' and {option} do not go together")
 
 
 def check_per_row(per_row: PerRow, student: Tensor) -> None:
@@ -103,6 +118,8 @@ def check_per_row(per_row: PerRow, student: Tensor) -> None:
             elsewhere that would make the host wait.
     """
     for option, values in per_row.items():
+        if option == "dkd":
+            raise ValueError("the weight of 'dkd' in divergence must be a number, not one per row")
         name = option if option in ("beta", "skew") else f"the weight of {option!r} in divergence"
         _check_kind(name, values)
         if values.requires_grad:
@@ -139,6 +156,8 @@ def _check_options(
     divergence_alpha: Any,
     teacher_temperature: Any,
     scale_by_t2: Any,
+    dkd_alpha: Any,
+    dkd_beta: Any,
 ) -> Options:
     temperature = _temperature("temperature", temperature)
     if teacher_temperature is not None:
@@ -151,8 +170,17 @@ def _check_options(
         "beta": _share("beta", beta),
         "skew": _share("skew", skew),
         "divergence_alpha": _number("divergence_alpha", divergence_alpha, "a finite number"),
+        "dkd_alpha": _number("dkd_alpha", dkd_alpha, "a number >= 0"),
+        "dkd_beta": _number("dkd_beta", dkd_beta, "a number >= 0"),
     }
     mixture = _mixture(divergence, parameters)
+    if mixture[0].name == "dkd":
+        _check_dkd(
+            mixture,
+            label_smoothing=label_smoothing > 0,
+            distill_ignored=distill_ignored is True,
+            teacher_temperature=teacher_temperature is not None,
+        )
     if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -201,7 +229,11 @@ def check_options(*options: Any) -> Options:
 
 
 def check_tensors(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, alpha: float
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
 ) -> None:
     """Types, dtypes, shapes and devices of one call.
 
@@ -226,8 +258,10 @@ def check_tensors(
         _check_labels(labels, shape[:-1])
         if labels.device != device:
             _wrong_device("labels", labels, student)
-    elif alpha < 1:
-        raise ValueError(f"labels are missing: alpha must be 1 without them, got {alpha}")
+    elif options.alpha < 1:
+        raise ValueError(f"labels are missing: alpha must be 1 without them, got {options.alpha}")
+    elif options.divergence[0].name == "dkd":
+        raise ValueError("labels are missing: divergence='dkd' needs them")
     if weight is not None:
         check_weight(weight)
         if weight.shape != shape[-1:]:

@@ -119,12 +119,36 @@ def renyi(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
     return _kl(log_p, log_q) if a == 1 else _sum_of_powers(log_p, log_q, a).log() / (a - 1)
 
 
+def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
+    """α KL(label or not) + β KL(all but the label): Zhao et al. 2022, arXiv:2203.08679.
+
+    Two classes have nothing beside the label's divergence.
+    """
+    log_p, log_q = torch.broadcast_tensors(log_p, log_q)
+    label = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
+    of_label, others = [], []
+    for log in (log_p, log_q):
+        rest = log.masked_fill(label, -torch.inf)
+        # 1 less the label's probability, without forming that.
+        binary = log[label], torch.logsumexp(rest, -1)
+        of_label.append(torch.stack(binary, -1))
+        # Nothing but the label has mass: what is divided by that stays -inf.
+        others.append(rest - torch.where(binary[1] == -torch.inf, 0.0, binary[1]).unsqueeze(-1))
+    return _weighted(alpha, _kl(*of_label)) + _weighted(beta, _kl(*others))
+
+
+def _weighted(weight: float, rows: Tensor) -> Tensor:
+    # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
+    return weight * rows if weight != 0 else torch.zeros_like(rows)
+
+
 class Divergence(NamedTuple):
     """A row of the table: what is known of a divergence beside its name."""
 
-    rows: Callable[[Tensor, Tensor, Parameter], Tensor]
+    rows: Callable[..., Tensor]  # (log_p, log_q, parameter), or as `labelled` says
     code: int  # KdDivergence of csrc/cpu/problem.h
     option: str | None = None  # the option that is its parameter
+    labelled: bool = False  # rows is (log_p, log_q, labels, parameter, second)
 
 
 DIVERGENCES = {
@@ -136,6 +160,7 @@ DIVERGENCES = {
     "total_variation": Divergence(total_variation, 5),
     "alpha": Divergence(alpha_divergence, 6, "divergence_alpha"),
     "renyi": Divergence(renyi, 7, "divergence_alpha"),
+    "dkd": Divergence(dkd, 8, "dkd_alpha", labelled=True),
 }
 
 
@@ -145,6 +170,7 @@ class Term(NamedTuple):
     name: str
     weight: float
     parameter: float
+    second: float = 0.0
 
 
 PerRow = Mapping[str, Tensor]  # "beta", "skew", or the weight of the divergence of that name
@@ -173,15 +199,19 @@ def of_term(term: Term, per_row: PerRow) -> tuple[Tensor | None, Tensor | None]:
 
 
 def mixture_rows(
-    log_p: Tensor, log_q: Tensor, mixture: tuple[Term, ...], per_row: PerRow
+    log_p: Tensor, log_q: Tensor, labels: Tensor, mixture: tuple[Term, ...], per_row: PerRow
 ) -> Tensor:
-    """The weighted sum of a mixture's divergences, (N, C), (N, C) -> (N,)."""
+    """The weighted sum of a mixture's divergences, (N, C), (N, C), (N,) -> (N,)."""
     total = log_q.new_zeros(log_q.shape[:1])
     for term in mixture:
         weights, parameters = of_term(term, per_row)
         weight = term.weight if weights is None else weights.reshape(-1).to(log_q.dtype)
         parameter = term.parameter if parameters is None else parameters.reshape(-1).to(log_q.dtype)
-        rows = DIVERGENCES[term.name].rows(log_p, log_q, parameter)
+        divergence = DIVERGENCES[term.name]
+        if divergence.labelled:
+            rows = divergence.rows(log_p, log_q, labels, parameter, term.second)
+        else:
+            rows = divergence.rows(log_p, log_q, parameter)
         # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
         left_out = torch.as_tensor(weight, device=rows.device) == 0
         total = total + torch.where(left_out, 0.0, torch.where(left_out, 0.0, rows) * weight)

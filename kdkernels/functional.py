@@ -179,6 +179,8 @@ def kd_loss(
     divergence_alpha: float = 0.5,
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
+    dkd_alpha: float = 1.0,
+    dkd_beta: float = 8.0,
 ) -> Tensor | KDTerms:
     """Knowledge-distillation loss ``alpha · T² · KL(p ‖ q) + (1 - alpha) · CE(r, y)`` in one pass.
 
@@ -212,7 +214,9 @@ def kd_loss(
             arXiv:2306.13649); ``"skew_forward_kl"`` KL(p ‖ λ p + (1 - λ) q) and
             ``"skew_reverse_kl"`` KL(q ‖ λ q + (1 - λ) p) (DistiLLM, arXiv:2402.03898);
             ``"total_variation"`` ½ Σ|p - q|; ``"alpha"`` (Σ p^a q^(1-a) - 1) / (a (a - 1));
-            ``"renyi"`` log(Σ p^a q^(1-a)) / (a - 1); or a mapping of such names to weights,
+            ``"renyi"`` log(Σ p^a q^(1-a)) / (a - 1); ``"dkd"`` decoupled distillation (DKD,
+            arXiv:2203.08679), dkd_alpha times the binary divergence between the label and all else
+            and dkd_beta times the divergence among all else; or a mapping of such names to weights,
             numbers or one per row (...), for their weighted sum in the same pass.
         beta: β of ``"jsd"`` in [0, 1], or one per row (...). Default 0.5.
         skew: λ of the skewed divergences in [0, 1], or one per row (...). Default 0.1.
@@ -221,6 +225,7 @@ def kd_loss(
         teacher_temperature: divides the teacher logits. Default: ``temperature``.
         scale_by_t2: multiply the divergence by T², so that its gradient does not shrink with the
             temperature. Default True.
+        dkd_alpha, dkd_beta: weights >= 0 of the two parts of ``"dkd"``. Default 1.0, 8.0.
 
     Returns:
         The loss, a scalar or (...) with ``reduction="none"``: float32, or float64 for float64
@@ -252,6 +257,8 @@ def kd_loss(
         divergence_alpha,
         teacher_temperature,
         scale_by_t2,
+        dkd_alpha,
+        dkd_beta,
     )
     return checked_loss(
         student_logits,
@@ -282,7 +289,7 @@ def checked_loss(
     special = weight is not None or inplace or return_terms or bool(per_row)
     special = special or backend not in (None, "cpu")
     if special or not backends.PLAIN_CPU.serves(student, teacher, labels):
-        check_tensors(student, teacher, labels, weight, options.alpha)
+        check_tensors(student, teacher, labels, weight, options)
         check_per_row(per_row, student)
         chosen = backends.select(
             backend, student.device, student.dtype, teacher.dtype, options.unusual

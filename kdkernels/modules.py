@@ -39,6 +39,7 @@ class FusedKDLoss(nn.Module):
         divergence_alpha: of ``"alpha"`` and ``"renyi"``. Default 0.5.
         teacher_temperature: divides the teacher logits. Default: ``temperature``.
         scale_by_t2: multiply the divergence by T². Default True.
+        dkd_alpha, dkd_beta: weights of the two parts of ``"dkd"``. Default 1.0, 8.0.
 
     Shape:
         student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
@@ -72,6 +73,8 @@ class FusedKDLoss(nn.Module):
         divergence_alpha: float = 0.5,
         teacher_temperature: float | None = None,
         scale_by_t2: bool = True,
+        dkd_alpha: float = 1.0,
+        dkd_beta: float = 8.0,
     ) -> None:
         super().__init__()
         if weight is not None:
@@ -91,6 +94,8 @@ class FusedKDLoss(nn.Module):
         self.divergence_alpha = divergence_alpha
         self.teacher_temperature = teacher_temperature
         self.scale_by_t2 = scale_by_t2
+        self.dkd_alpha = dkd_alpha
+        self.dkd_beta = dkd_beta
         self.register_buffer("weight", weight)
         self._check()
 
@@ -113,6 +118,8 @@ class FusedKDLoss(nn.Module):
             self.divergence_alpha,
             self.teacher_temperature,
             self.scale_by_t2,
+            self.dkd_alpha,
+            self.dkd_beta,
         )
         if not isinstance(self.divergence, Mapping):  # it could change without notice
             self.__dict__["_checked"] = options, per_row

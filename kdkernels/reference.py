@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.divergences import FORWARD_KL, PerRow, Term, mixture_rows
+from kdkernels.divergences import DIVERGENCES, FORWARD_KL, PerRow, Term, mixture_rows
 
 
 class KDTerms(NamedTuple):
@@ -86,7 +86,9 @@ def kd_terms(
 
     log_p = F.log_softmax(teacher / (teacher_temperature or temperature), dim=-1)
     log_q = F.log_softmax(student / temperature, dim=-1)
-    soft = mixture_rows(log_p, log_q, divergence, per_row or {})
+    soft = mixture_rows(log_p, log_q, target, divergence, per_row or {})
+    if DIVERGENCES[divergence[0].name].labelled:
+        soft = soft * torch.where(out_of_range, torch.nan, 1.0)
     soft = torch.where(soft_active, soft, 0.0) * (temperature**2 if scale_by_t2 else 1.0)
     weight = None if weight is None else weight.to(dtype)
     ce_rows = F.cross_entropy(

@@ -39,6 +39,7 @@ SUITES = [
         [
             *OF_THE_CPU,
             "test_divergences.py",
+            "test_dkd.py",
             "test_plain.py",
             "test_memory.py",
             "test_instruction_sets.py",
@@ -119,6 +120,13 @@ FAULTS = [
     ("csrc/cpu/divergences.inl", "t.inverse_sum = 1 / sum;", ""),
     ("csrc/cpu/jobs.inl", "teacher_max[b] = job.sums.teacher_max", "teacher_max[b] += 0"),
     ("csrc/cpu/run.cpp", "unbounded ? 1024 : 16", "unbounded ? 1 : 1"),
+    # Decoupled distillation: the difference that cancels, each part, the hole, the label's share.
+    ("csrc/cpu/decoupled.inl", "q.is > 0.5 ? of_p.is_not - q.is_not :", ""),
+    ("csrc/cpu/decoupled.inl", "(k * beta - job.more) / sums", "k * beta / sums"),
+    ("csrc/cpu/decoupled.inl", "soft - job.more / job.sums.student", "soft"),
+    ("csrc/cpu/decoupled.inl", "if (sums.masked && rest == rest) rest = INFINITY;", ""),
+    ("csrc/cpu/decoupled.inl", "(fabs(alpha) + fabs(beta))", "1"),
+    ("csrc/cpu/sweeps.inl", "  copy[hole] = NAN;", ""),
     # Label smoothing.
     ("csrc/row_math.inl", "smooth * (scales.weight_sum * (lse", "(scales.weight_sum * (lse"),
     ("csrc/row_math.inl", "f.hard * others.hard + f.smooth * w", "f.hard * others.hard"),

@@ -36,6 +36,8 @@ DEFAULTS = {
     "divergence_alpha": 0.5,
     "teacher_temperature": None,
     "scale_by_t2": True,
+    "dkd_alpha": 1.0,
+    "dkd_beta": 8.0,
 }
 
 

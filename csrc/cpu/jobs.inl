@@ -16,6 +16,7 @@ template <typename Real>
 struct Job {
   int64_t row, label;
   double at_label;  // the student's logit, which float64 in place overwrites
+  double teacher_at_label, more, label_off;  // decoupled.inl
   Power power, gradient_power;
   Place<Real> place;
   Scratch<Real> scratch;
@@ -65,9 +66,12 @@ void prepare(const KdProblem& p, Job<Real>& job) {
   job.f = {};
   job.power = power_of(p, job.row);
   job.gradient_power = gradient_power_of(p, job.power);
-  if (job.power == kNoCrossEntropy) return;
+  if (job.power == kNoCrossEntropy && !p.decoupled) return;
   job.label = p.label(job.row);
   job.at_label = logit_of<Real>(p, job.row, job.label);
+  if (!p.decoupled) return;
+  const int64_t start = p.teacher_rows.start(job.row) * element_size(p.teacher_dtype);
+  job.teacher_at_label = load_one<Real>((const char*)p.teacher + start, p.teacher_dtype, job.label);
 }
 
 template <typename Real, int P>
@@ -75,7 +79,7 @@ void collect(const KdProblem& p, Job<Real>& job) {
   const auto sweep = p.general ? sweep1<Real, P, true, true>
                      : p.grad  ? sweep1<Real, P, true>
                                : sweep1<Real, P, false>;
-  job.sums = sweep(p, job.row, job.place.es, job.scratch);
+  job.sums = sweep(p, job.row, job.place.es, job.scratch, p.decoupled ? job.label : -1);
 }
 
 // The sweep between the two; what is left for the last is v, as absolute numbers.
@@ -86,6 +90,8 @@ void compare(const KdProblem& p, Job<Real>& job) {
   scratch.teacher = scratch.v;
   for (int64_t b = 0; b * kBlock < p.classes; ++b) scratch.teacher_max[b] = job.sums.teacher_max;
 }
+
+#include "decoupled.inl"
 
 // The row's terms, and the factors of its gradient.
 template <typename Real>
@@ -111,6 +117,7 @@ void conclude(const KdProblem& p, Job<Real>& job) {
 // the smoothing's share.
 template <typename Real, int P>
 void single_out(const KdProblem& p, Job<Real>& job) {
+  if (p.decoupled) return single_out_decoupled<Real, P>(p, job);
   const bool hard = P != kNoCrossEntropy;
   Real* const es = job.place.es;
   job.sure = sure_class<Real, P>(p, job.sums, es, job.scratch);
@@ -135,6 +142,9 @@ bool is_exact(const KdProblem& p, const Job<Real>& job, bool hard) {
   if (sizeof(Real) == 8) return true;
   if (!p.general) return gradient_is_exact(p, job.sums, job.f, hard, job.sure, job.squares, kError);
   const bool sured = job.sure.index >= 0;
+  if (p.decoupled)
+    return !gradient_at_risk(p, job.sums, job.f, hard, sured, job.sure, decoupled_error(job),
+                             job.squares, kError);
   const Between& b = job.between;
   const double scale = p.scales.soft_scale * b.factor;
   const double q = sured ? squared(job.sure.student, job.sums.student) : squared(job.sums.student);
@@ -204,8 +214,8 @@ Good visit(const KdProblem& p, int64_t row, char* memory) {
   prepare(p, job);
   job.place = place_of(p, row, job.scratch);
   steps_of<Real>(job.power).collect(p, job);
-  if (p.general) compare(p, job);
-  conclude(p, job);
+  if (p.general && !p.decoupled) compare(p, job);
+  p.decoupled ? conclude_decoupled(p, job) : conclude(p, job);
   if (!p.grad || job.good != kAll) return job.good;
   const Steps<Real>& steps = steps_of<Real>(job.gradient_power);
   steps.single_out(p, job);

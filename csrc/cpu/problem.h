@@ -10,20 +10,22 @@ enum KdDivergence : int {
   kSkewReverseKL = 4,
   kTotalVariation = 5,
   kAlphaDivergence = 6,
-  kRenyi = 7
+  kRenyi = 7,
+  kDecoupled = 8
 };
 constexpr int kMaxTerms = 8;
 
 // A term of a mixture of divergences. The pointers, if any, hold one value per row.
 struct KdTerm {
   KdDivergence kind;
-  double weight, parameter;
+  double weight, parameter, second;
   const double *row_weight, *row_parameter;
 };
 
 struct KdProblem : KdLoss {
   // The soft term, unless it is the forward KL alone at one temperature.
   bool general;
+  bool decoupled;  // term[0] is kDecoupled, and the only one; it needs a label in every active row
   double teacher_temperature;
   int terms;
   KdTerm term[kMaxTerms];

@@ -246,6 +246,16 @@ void exponentials(const Real* s, const Real* t, int64_t n, const Exponent<Real>&
   sums.hard += hard.total();
 }
 
+// The block with a class masked, in `copy`.
+template <typename Real>
+Block<Real> without(const Block<Real>& block, int64_t n, int64_t hole, Real* copy) {
+  if (copy != block.values) memcpy(copy, block.values, n * sizeof(Real));
+  copy[hole] = NAN;  // compares neither way
+  const Block<Real> others = survey((const Real*)copy, n, copy);
+  copy[hole] = -INFINITY;
+  return {copy, others.high, others.low};
+}
+
 // Of the logits from class `first` on, for label smoothing.
 template <typename Real>
 double weighted_sum(const KdProblem& p, const Real* logits, int64_t first, int64_t n) {
@@ -255,9 +265,11 @@ double weighted_sum(const KdProblem& p, const Real* logits, int64_t first, int64
   return sum;
 }
 
-// `kTwo`: two temperatures, or a divergence that asks what the teacher masks.
+// `kTwo`: two temperatures, or a divergence that asks what the teacher masks, or for a row without
+// the class `hole`.
 template <typename Real, int P, bool kStore, bool kTwo = false>
-Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Real>& scratch) {
+Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Real>& scratch,
+                  int64_t hole) {
   const int64_t student_width = element_size(p.student_dtype);
   const int64_t teacher_width = element_size(p.teacher_dtype);
   const int64_t next = row + 1 < p.rows ? row + 1 : row;
@@ -281,8 +293,12 @@ Sums<Real> sweep1(const KdProblem& p, int64_t row, Real* out_s, const Scratch<Re
     Ahead ahead = {last ? student_row(next) : student + (first + n) * student_width,
                    last ? teacher_row(next) : teacher + (first + n) * teacher_width, student_width,
                    teacher_width};
-    const Block<Real> s = survey(student, p.student_dtype, first, n, scratch.student + at);
-    const Block<Real> t = survey(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
+    Block<Real> s = survey(student, p.student_dtype, first, n, scratch.student + at);
+    Block<Real> t = survey(teacher, p.teacher_dtype, first, n, scratch.teacher + at);
+    if (kTwo && hole >= first && hole < first + n) {
+      s = without(s, n, hole - first, scratch.student + at);
+      t = without(t, n, hole - first, scratch.teacher + at);
+    }
     if (s.low == -INFINITY)
       for (int64_t i = 0; i < n; ++i)
         sums.masked |= s.values[i] == -INFINITY && t.values[i] > -INFINITY;

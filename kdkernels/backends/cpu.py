@@ -59,7 +59,7 @@ def _native(options: Options) -> _cpu.Options:
         options.distill_ignored,
         options.teacher_temperature or options.temperature,
         options.temperature**2 if options.scale_by_t2 else 1.0,
-        [(DIVERGENCES[term.name].code, term.weight, term.parameter) for term in mixture],
+        [(DIVERGENCES[t.name].code, t.weight, t.parameter, t.second) for t in mixture],
     )
 
 
