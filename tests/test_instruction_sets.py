@@ -15,7 +15,8 @@ ASK = "from kdkernels import _cpu; print(_cpu.instruction_set())"
 
 def test_every_set_that_runs_here_computes_what_is_promised():
     """Without FMA an exponential is off by more, which every bound has to know."""
-    files = [str(TESTS / name) for name in ("test_numerics.py", "test_special_values.py")]
+    names = ("numerics", "special_values", "divergences", "dkd")
+    files = [str(TESTS / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
 
     def run(arguments, name):

@@ -37,89 +37,125 @@ struct Mixture {
   V q_ratio;               // log(q / m) with the constant
 };
 
-template <typename V>
-KD_INLINE Mixture<V> mixture(const Classes<V>& c, double w) {
-  typedef decltype(c.p[0] + 0) Real;
-  Mixture<V> m;
-  const auto p_larger = c.p >= c.q;
-  const V tiny = splat<Real>((Real)0x1p-100);
-  m.largest = p_larger ? c.p : c.q;
-  m.smallest = p_larger ? c.q : c.p;
-  const V inverse = reciprocal(at_least(m.largest, tiny)), one = splat<Real>(1), none = {};
-  const V share = p_larger ? splat((Real)(1 - w)) : splat((Real)w);  // of the smaller
-  const V rest = p_larger ? splat((Real)w) : splat((Real)(1 - w));
-  const V ratio = m.smallest * inverse, less = share * ((m.smallest - m.largest) * inverse);
-  // Next to 1 what is rounded off is put back; further away 1 + less has lost the digits of
-  // `ratio`.
-  const auto is_near = ratio > splat<Real>((Real)0.5);
-  const V near = one + less;
-  m.y = is_near ? near : rest + share * ratio;
-  const V log_y = natural_log(m.y) + (is_near ? less - (near - one) : none);
-  m.p_value = p_larger ? -log_y : -c.distance - log_y;
-  m.p_constant = p_larger ? none : -one;
-  m.q_value = p_larger ? c.distance - log_y : -log_y;
-  m.q_constant = p_larger ? one : none;
-  m.q_ratio = p_larger ? c.ratio - log_y : -log_y;
-  return m;
+// Of several vectors step by step: each waits for its own last step.
+template <typename V, int N>
+KD_INLINE void mixture(const Classes<V> (&c)[N], double w, Mixture<V> (&m)[N]) {
+  typedef decltype(c[0].p[0] + 0) Real;
+  const V tiny = splat<Real>((Real)0x1p-100), one = splat<Real>(1), none = {};
+  const V of_p = splat((Real)w), of_q = splat((Real)(1 - w));
+  V ratio[N], less[N], log_y[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const auto p_larger = c[i].p >= c[i].q;
+    m[i].largest = p_larger ? c[i].p : c[i].q;
+    m[i].smallest = p_larger ? c[i].q : c[i].p;
+    const V inverse = reciprocal(at_least(m[i].largest, tiny));
+    ratio[i] = m[i].smallest * inverse;
+    less[i] = (p_larger ? of_q : of_p) * ((m[i].smallest - m[i].largest) * inverse);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const auto p_larger = c[i].p >= c[i].q;
+    // Next to 1 what is rounded off is put back; further away 1 + less has lost ratio's digits.
+    const auto is_near = ratio[i] > splat<Real>((Real)0.5);
+    const V near = one + less[i];
+    const V share = p_larger ? of_q : of_p, rest = p_larger ? of_p : of_q;
+    m[i].y = log_y[i] = is_near ? near : rest + share * ratio[i];
+    less[i] = is_near ? less[i] - (near - one) : none;
+  }
+  natural_log(log_y);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const auto p_larger = c[i].p >= c[i].q;
+    log_y[i] += less[i];
+    m[i].p_value = (p_larger ? none : -c[i].distance) - log_y[i];
+    m[i].p_constant = p_larger ? none : -one;
+    m[i].q_value = (p_larger ? c[i].distance : none) - log_y[i];
+    m[i].q_constant = p_larger ? one : none;
+    m[i].q_ratio = (p_larger ? c[i].ratio : none) - log_y[i];
+  }
 }
 
-struct ForwardKL {
+// A policy that treats each vector by itself.
+template <typename Policy>
+struct OneByOne {
+  template <typename V, int N>
+  KD_INLINE void at(const Classes<V> (&c)[N], Terms<V> (&t)[N]) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) t[i] = static_cast<const Policy*>(this)->of(c[i]);
+  }
+};
+
+// A policy that needs the mixture w p + (1 - w) q.
+template <typename Policy>
+struct OfMixture {
+  template <typename V, int N>
+  KD_INLINE void at(const Classes<V> (&c)[N], Terms<V> (&t)[N]) const {
+    const Policy& policy = *static_cast<const Policy*>(this);
+    Mixture<V> m[N];
+    mixture(c, policy.share(), m);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) t[i] = policy.of(c[i], m[i]);
+  }
+};
+
+struct ForwardKL : OneByOne<ForwardKL> {
   static constexpr bool kConstant = true;
   explicit ForwardKL(double) {}
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
     return {-c.p * c.distance, -c.p, -c.p, c.p + c.p};
   }
 };
 
-struct ReverseKL {
+struct ReverseKL : OneByOne<ReverseKL> {
   static constexpr bool kConstant = true;
   explicit ReverseKL(double) {}
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
     const V term = c.q * c.distance;
     return {term, term, c.q, c.q * ratio_off(c)};
   }
 };
 
 // b KL(p | m) + (1 - b) KL(q | m), m = b p + (1 - b) q.
-struct JensenShannon {
+struct JensenShannon : OfMixture<JensenShannon> {
   static constexpr bool kConstant = true;
   double b;
   explicit JensenShannon(double beta) : b(beta) {}
+  double share() const { return b; }
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c, const Mixture<V>& m) const {
     typedef decltype(c.p[0] + 0) Real;
     const V p = (Real)b * c.p, q = (Real)(1 - b) * c.q;
-    const auto m = mixture(c, b);
     return {p * m.p_value + q * m.q_value, q * m.q_ratio, p * m.p_constant + q * m.q_constant,
             q * ratio_off(c)};
   }
 };
 
 // KL(p | l p + (1 - l) q).
-struct SkewForwardKL {
+struct SkewForwardKL : OfMixture<SkewForwardKL> {
   static constexpr bool kConstant = true;
   double l;
   explicit SkewForwardKL(double skew) : l(skew) {}
+  double share() const { return l; }
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c, const Mixture<V>& m) const {
     typedef decltype(c.p[0] + 0) Real;
-    const auto m = mixture(c, l);
     const V v = (Real)(l - 1) * m.smallest * reciprocal(m.y);  // p q / m
     return {c.p * m.p_value, v, c.p * m.p_constant, -4 * v};
   }
 };
 
 // KL(q | l q + (1 - l) p).
-struct SkewReverseKL {
+struct SkewReverseKL : OfMixture<SkewReverseKL> {
   static constexpr bool kConstant = true;
   double l;
   explicit SkewReverseKL(double skew) : l(skew) {}
+  double share() const { return 1 - l; }
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c, const Mixture<V>& m) const {
     typedef decltype(c.p[0] + 0) Real;
-    const auto m = mixture(c, 1 - l);
     const V share = (Real)l * c.q * reciprocal(at_least(m.largest, splat((Real)0x1p-100)) * m.y);
     return {c.q * m.q_value, c.q * (m.q_ratio - share), c.q * m.q_constant,
             c.q * (ratio_off(c) + 4)};
@@ -127,11 +163,11 @@ struct SkewReverseKL {
 };
 
 // Its v jumps where p = q: next to that the sign of their difference is anybody's guess.
-struct TotalVariation {
+struct TotalVariation : OneByOne<TotalVariation> {
   static constexpr bool kConstant = false;
   explicit TotalVariation(double) {}
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
     const V half = c.q / 2, none = {};
     const V v = c.q > c.p ? half : c.q < c.p ? -half : none;
     const auto sure = absolute(c.ratio) > ratio_off(c) * (4 * (float)kEpsilon);
@@ -156,11 +192,12 @@ KD_INLINE V geometric_off(const Classes<V>& c, V exponent, double a) {
 }
 
 // (sum p^a q^(1 - a) - 1) / (a (a - 1)), with the 1 taken off class by class.
-struct AlphaDivergence {
+struct AlphaDivergence : OneByOne<AlphaDivergence> {
   static constexpr bool kConstant = false;
   double a, norm;
+  AlphaDivergence(double a, double norm) : a(a), norm(norm) {}
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
     typedef decltype(c.p[0] + 0) Real;
     V exponent;
     const V w = geometric(c, a, norm, 0, exponent);
@@ -171,11 +208,13 @@ struct AlphaDivergence {
 };
 
 // The sum under Renyi's logarithm, and then, times 1 / sum, its v.
-struct Renyi {
+struct Renyi : OneByOne<Renyi> {
   static constexpr bool kConstant = false;
   double a, norm, shift, inverse_sum;
+  Renyi(double a, double norm, double shift, double inverse_sum)
+      : a(a), norm(norm), shift(shift), inverse_sum(inverse_sum) {}
   template <typename V>
-  KD_INLINE Terms<V> at(const Classes<V>& c) const {
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
     typedef decltype(c.p[0] + 0) Real;
     V exponent;
     const V w = geometric(c, a, norm, shift, exponent), v = w * (Real)-inverse_sum;
@@ -183,8 +222,7 @@ struct Renyi {
   }
 };
 
-// ---- a row
-// ---------------------------------------------------------------------------------------
+// ---- a row -----------------------------------------------------------------------------------
 
 template <typename Real>
 KD_INLINE double total_of(Vec<Real> v) {
@@ -209,7 +247,7 @@ struct SumsBetween {
 };
 
 template <typename Real, typename Policy>
-SumsBetween<Real> add_terms(const Policy& policy, const BlockBetween<Real>& block, double weight,
+SumsBetween<Real> add_terms(const Policy policy, const BlockBetween<Real> block, double weight,
                             Real* v, bool first) {
   typedef Vec<Real> V;
   constexpr int L = Lanes<Real>::kCount;
@@ -218,48 +256,58 @@ SumsBetween<Real> add_terms(const Policy& policy, const BlockBetween<Real>& bloc
   const V spread = splat(1 + 2 * (block.constant < 0 ? -block.constant : block.constant));
   WideSum<Real> value, sum, constants;
   V off = {}, off_at_max = {};
-  auto step = [&](V es, V et, V distance, V exponent) __attribute__((always_inline)) {
-    const Classes<V> c = {et * to_p, es * to_q, distance, distance + constant, exponent, spread};
-    return policy.at(c);
+  auto classes = [&](V es, V et, V distance, V exponent) __attribute__((always_inline)) {
+    return Classes<V>{et * to_p, es * to_q, distance, distance + constant, exponent, spread};
   };
   auto bound = [&](V es, V error) __attribute__((always_inline)) {
-    error *= share;
     const auto is_max = es == maximum;
     const V others = is_max ? V{} : error, at_max = is_max ? error : V{};
     off += others * others;
     off_at_max += at_max * at_max;
   };
-  auto whole = [&](int64_t k) __attribute__((always_inline)) {
-    const V es = load(block.es + k);
-    const Terms<V> t =
-        step(es, load(block.et + k), load(block.distance + k), load(block.exponent + k));
-    bound(es, t.off);
-    store(v + k, first ? t.v * share : load(v + k) + t.v * share);
-    return t;
+  auto add = [&](V values, V vs, V constant_terms) __attribute__((always_inline)) {
+    value.add(values);
+    sum.add(vs);
+    if (Policy::kConstant) constants.add(constant_terms);
   };
-  auto add = [&](const Terms<V>& t) __attribute__((always_inline)) {
-    value.add(t.value);
-    sum.add(t.v);
-    if (Policy::kConstant) constants.add(t.constant);
+  auto whole = [&](int64_t i, auto n) __attribute__((always_inline)) {
+    constexpr int N = decltype(n)::value;
+    Classes<V> c[N];
+    Terms<V> t[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k)
+      c[k] = classes(load(block.es + i + k * L), load(block.et + i + k * L),
+                     load(block.distance + i + k * L), load(block.exponent + i + k * L));
+    policy.at(c, t);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) {
+      bound(load(block.es + i + k * L), t[k].off);
+      Real* const to = v + i + k * L;
+      store(to, first ? t[k].v * share : load(to) + t[k].v * share);
+    }
+    // Pairs are summed before they are widened, as in exponentials().
+#pragma GCC unroll 2
+    for (int k = 0; k + 1 < N; k += 2)
+      add(t[k].value + t[k + 1].value, t[k].v + t[k + 1].v, t[k].constant + t[k + 1].constant);
+    if (N == 1) add(t[0].value, t[0].v, t[0].constant);
   };
   int64_t i = 0;
-  // Pairs are summed before they are widened, as in exponentials().
-  for (; i + 2 * L <= block.n; i += 2 * L) {
-    const Terms<V> a = whole(i), b = whole(i + L);
-    add({a.value + b.value, a.v + b.v, a.constant + b.constant, V{}});
-  }
-  for (; i + L <= block.n; i += L) add(whole(i));
+  for (; i + 4 * L <= block.n; i += 4 * L) whole(i, std::integral_constant<int, 4>());
+  for (; i + L <= block.n; i += L) whole(i, std::integral_constant<int, 1>());
   if (const int64_t left = block.n - i) {
     const Real none = 0;
     const auto part = [&](const Real* x) { return load_part(x + i, left, none); };
     const V es = part(block.es);
-    const Terms<V> t = step(es, part(block.et), part(block.distance), part(block.exponent));
-    bound(es, keep_part(t.off, left));
-    store_part(v + i, left, first ? t.v * share : part(v) + t.v * share);
-    add({keep_part(t.value, left), keep_part(t.v, left), keep_part(t.constant, left), V{}});
+    const Classes<V> c[1] = {
+        classes(es, part(block.et), part(block.distance), part(block.exponent))};
+    Terms<V> t[1];
+    policy.at(c, t);
+    bound(es, keep_part(t[0].off, left));
+    store_part(v + i, left, first ? t[0].v * share : part(v) + t[0].v * share);
+    add(keep_part(t[0].value, left), keep_part(t[0].v, left), keep_part(t[0].constant, left));
   }
-  return {value.total(), sum.total(), constants.total(), total_of<Real>(off),
-          total_of<Real>(off_at_max)};
+  return {value.total(), sum.total(), constants.total(), weight * weight * total_of<Real>(off),
+          weight * weight * total_of<Real>(off_at_max)};
 }
 
 // The logits of a block as distances and exponents.
@@ -272,12 +320,12 @@ void measure(const KdProblem& p, const Sums<Real>& sums, const S* student, const
   const bool equal = p.temperature == p.teacher_temperature;
   const V student_max = splat(reference_of(sums.student_max));
   const V teacher_max = splat(reference_of(sums.teacher_max));
-  const V lowest = splat((Real)-0x1p100);  // in the place of -inf: 0 times it is 0
+  // In the place of -inf: 0 times it is 0, and times 1 / T it is still a number.
+  const V lowest = splat((Real)-0x1p100);
   auto step = [&](V x, V y, Real* d, Real* e) __attribute__((always_inline)) {
     const V ds = at_least(x - student_max, lowest), dt = at_least(y - teacher_max, lowest);
-    const V a = at_least(ds * (Real)inverse, lowest),
-            b = at_least(dt * (Real)teacher_inverse, lowest);
-    store(d, equal ? at_least(at_most((ds - dt) * (Real)inverse, -lowest), lowest) : a - b);
+    const V a = ds * (Real)inverse;
+    store(d, equal ? (ds - dt) * (Real)inverse : a - dt * (Real)teacher_inverse);
     store(e, a);
   };
   int64_t i = 0;
@@ -362,9 +410,9 @@ SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real
     case kTotalVariation:
       return add_terms(TotalVariation(0), block, t.weight, v, first);
     case kAlphaDivergence:
-      return add_terms(AlphaDivergence{t.parameter, t.norm}, block, t.weight, v, first);
+      return add_terms(AlphaDivergence(t.parameter, t.norm), block, t.weight, v, first);
     default:
-      return add_terms(Renyi{t.parameter, t.norm, t.shift, t.inverse_sum}, block, t.weight, v,
+      return add_terms(Renyi(t.parameter, t.norm, t.shift, t.inverse_sum), block, t.weight, v,
                        first);
   }
 }

@@ -144,8 +144,7 @@ void judge(const KdProblem& p, Group& group) {
     if (group.good[k] == kAll && group.risk[k] != 0) group.good[k] = kLoss;
 }
 
-// ---- rows that fill vectors of their own
-// ---------------------------------------------------------
+// ---- rows that fill vectors of their own ------------------------------------------------------
 
 struct Wide {
   Scratch<float> scratch[kGroup];

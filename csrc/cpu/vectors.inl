@@ -371,23 +371,37 @@ KD_INLINE Vec<double> natural_log(Vec<double> x) {
   return e * 0.69314718055994530942 + 2.0 * (u + u * v * series);
 }
 
-// The same in float32, of numbers from 2^-100 to 1, to 1e-7 of itself: by a polynomial in m - 1.
-KD_INLINE Vec<float> natural_log(Vec<float> x) {
+// The same in float32, of numbers from 2^-100 to 1, to 1e-7 of itself: by a polynomial in m - 1. In
+// place, and step by step for all of them.
+template <int N>
+KD_INLINE void natural_log(Vec<float> (&x)[N]) {
   typedef uint32_t Bits __attribute__((vector_size(KD_VECTOR_BYTES)));
   constexpr uint32_t kBias = uint32_t{127} << 23, kRootHalf = 0x3f3504f3;
-  const Bits shifted = (Bits)x - kRootHalf + kBias, exponent = shifted >> 23;
-  const Vec<float> t = (Vec<float>)((Bits)x - ((exponent << 23) - kBias)) - 1.0f, z = t * t;
-  const Vec<float> e = (Vec<float>)(exponent | uint32_t{0x4b} << 24) - (0x1p23f + 127.0f);
-  Vec<float> p = t * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * t + 1.1676998740e-1f;
-  p = p * t - 1.2420140846e-1f;
-  p = p * t + 1.4249322787e-1f;
-  p = p * t - 1.6668057665e-1f;
-  p = p * t + 2.0000714765e-1f;
-  p = p * t - 2.4999993993e-1f;
-  p = p * t + 3.3333331174e-1f;
-  const Vec<float> small = p * t * z + e * -2.12194440e-4f - z * 0.5f;
-  return e * 0.693359375f + (t + small);
+  constexpr float kCoefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f,
+                                     1.4249322787e-1f,  -1.6668057665e-1f, 2.0000714765e-1f,
+                                     -2.4999993993e-1f, 3.3333331174e-1f};
+  Vec<float> t[N], e[N], p[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const Bits shifted = (Bits)x[i] - kRootHalf + kBias, exponent = shifted >> 23;
+    t[i] = (Vec<float>)((Bits)x[i] - ((exponent << 23) - kBias)) - 1.0f;
+    e[i] = (Vec<float>)(exponent | uint32_t{0x4b} << 24) - (0x1p23f + 127.0f);
+    p[i] = splat<float>(7.0376836292e-2f);
+  }
+#pragma GCC unroll 16
+  for (const float coefficient : kCoefficients)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = p[i] * t[i] + coefficient;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const Vec<float> z = t[i] * t[i];
+    const Vec<float> small = p[i] * t[i] * z + e[i] * -2.12194440e-4f - z * 0.5f;
+    x[i] = e[i] * 0.693359375f + (t[i] + small);
+  }
+}
+template <int N>
+KD_INLINE void natural_log(Vec<double> (&x)[N]) {
+  for (int i = 0; i < N; ++i) x[i] = natural_log(x[i]);
 }
 
 // e^(x log 2) of any x that is a number: 0 and infinity where they must be.
