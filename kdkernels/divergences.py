@@ -101,7 +101,7 @@ def _sum_of_powers(log_p: Tensor, log_q: Tensor, a: float) -> Tensor:
 
 
 def alpha_divergence(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
-    """(Σ p^a q^(1-a) - 1) / (a (a - 1)): Amari 1985; Wang et al. 2025 (ABKD), arXiv:2505.04560.
+    """(Σ p^a q^(1-a) - 1) / (a (a - 1)): Amari 1985.
 
     Its limits at a = 1 and 0 are forward and reverse KL.
     """

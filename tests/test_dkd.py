@@ -65,6 +65,7 @@ def test_value_and_gradient(backend, dtype, c, alpha):
             {"temperature": 1.0, "dkd_alpha": 0.5, "dkd_beta": 2.0},
             {"temperature": 3.3, "dkd_beta": 0.0},
             {"temperature": 2.0, "dkd_alpha": 0.0},
+            {"temperature": 2.0, "dkd_alpha": 300.0, "dkd_beta": 40.0},
         ):
             check(s, t, y, backend, alpha=alpha, **options)
 

@@ -88,10 +88,11 @@ double largest_factor(const KdProblem& p) {
     if (t.row_weight)
       for (int64_t i = 0; i < p.rows; ++i) largest = std::max(largest, std::fabs(t.row_weight[i]));
     const bool powers = t.kind == kAlphaDivergence || t.kind == kRenyi;
+    const bool simple = t.kind == kForwardKL || t.kind == kTotalVariation;
     const bool unbounded = powers && (t.parameter < 0 || t.parameter > 1);
-    total += largest * (t.kind == kForwardKL || t.kind == kTotalVariation ? 1
-                        : unbounded                                       ? 1024
-                                                                          : 16);
+    double factor = unbounded ? 1024 : simple ? 1 : 16;
+    if (t.kind == kDecoupled) factor = std::fabs(t.parameter) + std::fabs(t.second);
+    total += factor * largest;
   }
   return total;
 }
