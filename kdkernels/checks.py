@@ -14,6 +14,8 @@ from kdkernels.divergences import DIVERGENCES, FORWARD_KL, PerRow, Term
 
 # Beyond these T² and 1/T leave the numbers that float32 logits can be divided by.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+# Of the options that belong to one divergence or another.
+DEFAULTS = {"beta": 0.5, "skew": 0.1, "divergence_alpha": 0.5, "dkd_alpha": 1.0, "dkd_beta": 8.0}
 REDUCTIONS = ("mean", "sum", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -110,7 +112,17 @@ def _check_dkd(mixture: tuple[Term, ...], **others: bool) -> None:
             raise ValueError(f"divergence='dkd' and {option} do not go together")
 
 
-def check_per_row(per_row: PerRow, student: Tensor) -> None:
+def _check_is_used(option: str, mixture: tuple[Term, ...]) -> None:
+    """No option is taken and then ignored."""
+    users = [n for n, d in DIVERGENCES.items() if option in (d.option, d.second)]
+    if not any(term.name in users for term in mixture):
+        asked = " + ".join(repr(term.name) for term in mixture)
+        raise ValueError(
+            f"{option} is for divergence {' or '.join(map(repr, users))}, and divergence is {asked}"
+        )
+
+
+def check_per_row(per_row: PerRow, mixture: tuple[Term, ...], student: Tensor) -> None:
     """Options given per row: one finite number for each, beta and skew in [0, 1].
 
     Raises:
@@ -120,7 +132,9 @@ def check_per_row(per_row: PerRow, student: Tensor) -> None:
     for option, values in per_row.items():
         if option == "dkd":
             raise ValueError("the weight of 'dkd' in divergence must be a number, not one per row")
-        name = option if option in ("beta", "skew") else f"the weight of {option!r} in divergence"
+        if option in DEFAULTS:
+            _check_is_used(option, mixture)
+        name = option if option in DEFAULTS else f"the weight of {option!r} in divergence"
         _check_kind(name, values)
         if values.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a constant of the loss")
@@ -133,7 +147,7 @@ def check_per_row(per_row: PerRow, student: Tensor) -> None:
             _wrong_device(name, values, student)
         if values.device.type != "cpu":
             continue
-        if option in ("beta", "skew"):
+        if option in DEFAULTS:
             if not bool(((values >= 0) & (values <= 1)).all()):
                 raise ValueError(f"{name} must be in [0, 1] in every row")
         elif not bool(values.isfinite().all()):
@@ -174,6 +188,9 @@ def _check_options(
         "dkd_beta": _number("dkd_beta", dkd_beta, "a number >= 0"),
     }
     mixture = _mixture(divergence, parameters)
+    for option, value in parameters.items():
+        if value != DEFAULTS[option]:
+            _check_is_used(option, mixture)
     if mixture[0].name == "dkd":
         _check_dkd(
             mixture,

@@ -148,6 +148,7 @@ class Divergence(NamedTuple):
     rows: Callable[..., Tensor]  # (log_p, log_q, parameter), or as `labelled` says
     code: int  # KdDivergence of csrc/cpu/problem.h
     option: str | None = None  # the option that is its parameter
+    second: str | None = None  # and its other one
     labelled: bool = False  # rows is (log_p, log_q, labels, parameter, second)
 
 
@@ -160,7 +161,7 @@ DIVERGENCES = {
     "total_variation": Divergence(total_variation, 5),
     "alpha": Divergence(alpha_divergence, 6, "divergence_alpha"),
     "renyi": Divergence(renyi, 7, "divergence_alpha"),
-    "dkd": Divergence(dkd, 8, "dkd_alpha", labelled=True),
+    "dkd": Divergence(dkd, 8, "dkd_alpha", "dkd_beta", labelled=True),
 }
 
 

@@ -290,7 +290,7 @@ def checked_loss(
     special = special or backend not in (None, "cpu")
     if special or not backends.PLAIN_CPU.serves(student, teacher, labels):
         check_tensors(student, teacher, labels, weight, options)
-        check_per_row(per_row, student)
+        check_per_row(per_row, options.divergence, student)
         chosen = backends.select(
             backend, student.device, student.dtype, teacher.dtype, options.unusual
         )
