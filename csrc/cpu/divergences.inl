@@ -3,8 +3,8 @@
 // teacher's exponentials: the gradient of any of them is (v - q sum v) / T. Included inside an
 // anonymous namespace, after sweeps.inl.
 //
-// A divergence is a policy: of a vector of classes its terms, and what they are off by. Adding one
-// is adding a policy, a line to visit_policy and a value to KdDivergence.
+// A divergence is a policy: of a vector of classes its terms, and what they are off by.
+// CONTRIBUTING says what else another one needs.
 
 // A vector of classes. `distance` is log(q / p) but for a constant of the row, `ratio` with it;
 // `exponent` is log q but for a constant; `spread` 1 and twice the constant.
@@ -101,7 +101,6 @@ struct OfMixture {
 
 struct ForwardKL : OneByOne<ForwardKL> {
   static constexpr bool kConstant = true;
-  explicit ForwardKL(double) {}
   template <typename V>
   KD_INLINE Terms<V> of(const Classes<V>& c) const {
     return {-c.p * c.distance, -c.p, -c.p, c.p + c.p};
@@ -110,7 +109,6 @@ struct ForwardKL : OneByOne<ForwardKL> {
 
 struct ReverseKL : OneByOne<ReverseKL> {
   static constexpr bool kConstant = true;
-  explicit ReverseKL(double) {}
   template <typename V>
   KD_INLINE Terms<V> of(const Classes<V>& c) const {
     const V term = c.q * c.distance;
@@ -165,7 +163,6 @@ struct SkewReverseKL : OfMixture<SkewReverseKL> {
 // Its v jumps where p = q: next to that the sign of their difference is anybody's guess.
 struct TotalVariation : OneByOne<TotalVariation> {
   static constexpr bool kConstant = false;
-  explicit TotalVariation(double) {}
   template <typename V>
   KD_INLINE Terms<V> of(const Classes<V>& c) const {
     const V half = c.q / 2, none = {};
@@ -398,9 +395,9 @@ template <typename Real>
 SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real* v, bool first) {
   switch (t.kind) {
     case kForwardKL:
-      return add_terms(ForwardKL(0), block, t.weight, v, first);
+      return add_terms(ForwardKL(), block, t.weight, v, first);
     case kReverseKL:
-      return add_terms(ReverseKL(0), block, t.weight, v, first);
+      return add_terms(ReverseKL(), block, t.weight, v, first);
     case kJensenShannon:
       return add_terms(JensenShannon(t.parameter), block, t.weight, v, first);
     case kSkewForwardKL:
@@ -408,7 +405,7 @@ SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real
     case kSkewReverseKL:
       return add_terms(SkewReverseKL(t.parameter), block, t.weight, v, first);
     case kTotalVariation:
-      return add_terms(TotalVariation(0), block, t.weight, v, first);
+      return add_terms(TotalVariation(), block, t.weight, v, first);
     case kAlphaDivergence:
       return add_terms(AlphaDivergence(t.parameter, t.norm), block, t.weight, v, first);
     default:
