@@ -56,18 +56,15 @@ KD_INLINE void mixture(const Classes<V> (&c)[N], double w, Mixture<V> (&m)[N]) {
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
     const auto p_larger = c[i].p >= c[i].q;
-    // Next to 1 what is rounded off is put back; further away 1 + less has lost ratio's digits.
+    // Exactly 1 where p = q; far from there 1 + less has lost the ratio's digits.
     const auto is_near = ratio[i] > splat<Real>((Real)0.5);
-    const V near = one + less[i];
     const V share = p_larger ? of_q : of_p, rest = p_larger ? of_p : of_q;
-    m[i].y = log_y[i] = is_near ? near : rest + share * ratio[i];
-    less[i] = is_near ? less[i] - (near - one) : none;
+    m[i].y = log_y[i] = is_near ? one + less[i] : rest + share * ratio[i];
   }
   natural_log(log_y);
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
     const auto p_larger = c[i].p >= c[i].q;
-    log_y[i] += less[i];
     m[i].p_value = (p_larger ? none : -c[i].distance) - log_y[i];
     m[i].p_constant = p_larger ? none : -one;
     m[i].q_value = (p_larger ? c[i].distance : none) - log_y[i];
