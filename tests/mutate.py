@@ -112,7 +112,7 @@ FAULTS = [
     ("csrc/cpu/divergences.inl", "q * m.q_ratio, p *", "-q * m.q_ratio, p *"),
     ("csrc/cpu/divergences.inl", "return 1 - l;", "return l;"),
     ("csrc/cpu/divergences.inl", "p_larger ? one : none;", "none;"),
-    ("csrc/cpu/divergences.inl", "is_near ? one + less[i] :", "false ? one :"),
+    ("csrc/cpu/divergences.inl", "(p_larger ? of_q : of_p) * ratio", "of_p * ratio"),
     ("csrc/cpu/divergences.inl", "return teacher_masked;", "return false;"),
     ("csrc/cpu/divergences.inl", "sure ? c.q : c.q * 0x1p60f", "c.q"),
     ("csrc/cpu/divergences.inl", "t.shift = largest_power(a)", "t.shift = 0"),

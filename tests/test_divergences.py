@@ -133,7 +133,7 @@ def test_rows_of_many_blocks(name, value, c):
 
 
 @cases
-@pytest.mark.parametrize("near", [1e-2, 1e-4])
+@pytest.mark.parametrize("near", [1e-2, 1e-4, 1e-6])
 def test_a_student_next_to_its_teacher(name, value, near):
     """Where everything cancels, the gradient keeps its digits."""
     s, t, y = inputs(4, 300)

@@ -91,6 +91,14 @@ def test_a_label_that_is_all_there_is(backend, c, margin):
         check(s, t, y, backend, temperature=4.0, alpha=1.0)
 
 
+def test_the_labels_entry_is_no_difference_of_ones():
+    s, t, y = torch.tensor([[40.0, 0.0]]), torch.tensor([[41.0, 0.0]]), torch.tensor([0])
+    x = s.clone().requires_grad_()
+    kd_loss(x, t, y, divergence="dkd", alpha=1.0, temperature=1.0).backward()
+    label = torch.sigmoid(torch.tensor(-41.0)) - torch.sigmoid(torch.tensor(-40.0))
+    torch.testing.assert_close(x.grad, torch.stack([label, -label])[None], rtol=1e-5, atol=0)
+
+
 def test_it_is_what_mdistiller_publishes():
     """Where that is finite: dkd_loss(logits_student, logits_teacher, target, alpha, beta, T)."""
     s, t, y = (v.double() if v.is_floating_point() else v for v in inputs(6, 20))

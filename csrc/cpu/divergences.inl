@@ -27,8 +27,8 @@ KD_INLINE V ratio_off(const Classes<V>& c) {
   return absolute(c.distance) + absolute(c.exponent) + c.spread;
 }
 
-// log m, log(p / m) and log(q / m) of the mixture m = w p + (1 - w) q, by way of its ratio to the
-// larger of the two: none of them can overflow, and all are exact where p = q.
+// log(p / m) and log(q / m) of the mixture m = w p + (1 - w) q, by way of its ratio to the larger
+// of the two, so that nothing overflows.
 template <typename V>
 struct Mixture {
   V largest, smallest, y;  // m = largest * y
@@ -43,23 +43,14 @@ KD_INLINE void mixture(const Classes<V> (&c)[N], double w, Mixture<V> (&m)[N]) {
   typedef decltype(c[0].p[0] + 0) Real;
   const V tiny = splat<Real>((Real)0x1p-100), one = splat<Real>(1), none = {};
   const V of_p = splat((Real)w), of_q = splat((Real)(1 - w));
-  V ratio[N], less[N], log_y[N];
+  V log_y[N];
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
     const auto p_larger = c[i].p >= c[i].q;
     m[i].largest = p_larger ? c[i].p : c[i].q;
     m[i].smallest = p_larger ? c[i].q : c[i].p;
-    const V inverse = reciprocal(at_least(m[i].largest, tiny));
-    ratio[i] = m[i].smallest * inverse;
-    less[i] = (p_larger ? of_q : of_p) * ((m[i].smallest - m[i].largest) * inverse);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) {
-    const auto p_larger = c[i].p >= c[i].q;
-    // Exactly 1 where p = q; far from there 1 + less has lost the ratio's digits.
-    const auto is_near = ratio[i] > splat<Real>((Real)0.5);
-    const V share = p_larger ? of_q : of_p, rest = p_larger ? of_p : of_q;
-    m[i].y = log_y[i] = is_near ? one + less[i] : rest + share * ratio[i];
+    const V ratio = m[i].smallest * reciprocal(at_least(m[i].largest, tiny));
+    m[i].y = log_y[i] = (p_larger ? of_p : of_q) + (p_larger ? of_q : of_p) * ratio;
   }
   natural_log(log_y);
 #pragma GCC unroll 4
