@@ -91,6 +91,17 @@ def test_a_label_that_is_all_there_is(backend, c, margin):
         check(s, t, y, backend, temperature=4.0, alpha=1.0)
 
 
+@pytest.mark.parametrize("c", [3, 10, 42, 300])
+def test_the_weights_do_not_lift_the_roundings_above_the_promise(c):
+    """T² and dkd_beta multiply them, and logits of few values do not let them average out."""
+    for seed in range(20):
+        s, t, y = inputs(4, c, 1.0, seed=seed)
+        s, t = (s * 2).round() / 2 - 0.1, (t * 2).round() / 2
+        t = s + 0.05 * t
+        for temperature in (4.0, 10.0):
+            check(s, t, y, temperature=temperature, alpha=1.0, dkd_beta=30.0)
+
+
 def test_the_labels_entry_is_no_difference_of_ones():
     s, t, y = torch.tensor([[40.0, 0.0]]), torch.tensor([[41.0, 0.0]]), torch.tensor([0])
     x = s.clone().requires_grad_()
