@@ -114,7 +114,7 @@ def test_no_option_lets_the_threads_show(temperature):
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
-@pytest.mark.parametrize("classes", [10, 100, 3000])
+@pytest.mark.parametrize("classes", [10, 100, 300, 1000, 3000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_asking_for_the_gradient_or_the_terms_changes_no_bit_of_the_loss(dtype, classes, scale):
     """Validation computes what training does."""

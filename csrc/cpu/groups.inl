@@ -274,7 +274,7 @@ inline const WideSteps& wide_steps_of(Power power) {
 void visit_wide(const KdProblem& p, Group& group, char* memory) {
   Wide wide;
   const Scratch<float> whole = scratch_of<float>(p, memory);
-  const int64_t size = p.grad ? (p.classes + 15) / 16 * 16 : 0;
+  const int64_t size = (p.classes + 15) / 16 * 16;  // a place of its own, for converted logits, too
   look_up_labels(p, group);
   for (int k = 0; k < group.count; ++k) {
     wide.scratch[k] = {whole.student + k * size,

@@ -128,7 +128,8 @@ bool check(const Case& c, std::mt19937& random) {
   p.rows = c.rows;
   p.classes = c.classes;
   p.ignore_index = kIgnore;
-  p.temperature = c.temperature;
+  p.temperature = p.teacher_temperature = c.temperature;
+  p.soft_factor = c.temperature * c.temperature;
   p.alpha = alpha;
   p.label_smoothing = c.smoothing;
   const KdStatus status = kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data()}, 2);
@@ -182,6 +183,53 @@ bool check(const Case& c, std::mt19937& random) {
 
 }  // namespace
 
+// The other divergences, in exactly the memory that they may touch: their gradients sum to 0.
+bool check_divergence(KdDivergence kind, int64_t classes, KdDtype dtype, bool grad,
+                      std::mt19937& random) {
+  const int64_t rows = 3, n = rows * classes;
+  std::vector<uint16_t> s16(n), t16(n), g16(n);
+  std::vector<float> s32(n), t32(n), g32(n), loss(rows);
+  std::vector<int64_t> labels(rows);
+  for (int64_t i = 0; i < n; ++i) {
+    s16[i] = static_cast<uint16_t>((random() & 0x80ff) | 0x3f00);  // +-0.5 to 3.98
+    t16[i] = static_cast<uint16_t>((random() & 0x80ff) | 0x3f00);
+    s32[i] = static_cast<float>(random() % 1000) / 100;
+    t32[i] = static_cast<float>(random() % 1000) / 100;
+  }
+  for (int64_t& label : labels) label = random() % classes;
+  const bool half = dtype == kBFloat16;
+  KdProblem p = {};
+  p.student = half ? static_cast<const void*>(s16.data()) : s32.data();
+  p.teacher = half ? static_cast<const void*>(t16.data()) : t32.data();
+  p.grad = !grad ? nullptr : half ? static_cast<void*>(g16.data()) : g32.data();
+  p.labels = labels.data();
+  p.student_dtype = p.teacher_dtype = dtype;
+  p.student_rows = p.teacher_rows = p.grad_rows = {1, classes, 0};
+  p.labels_are_int64 = p.want_soft = p.want_hard = true;
+  p.rows = rows;
+  p.classes = classes;
+  p.ignore_index = kIgnore;
+  p.temperature = p.teacher_temperature = 2;
+  p.soft_factor = 4;
+  p.alpha = 0.7;
+  p.general = true;
+  p.decoupled = kind == kDecoupled;
+  p.terms = 1;
+  p.term[0] = {kind, 1.0, 0.3, 0.6, nullptr, nullptr};
+  kd_run(p, {kNone, false, loss.data(), nullptr, nullptr}, 2);
+  bool good = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    double total = 0, size = 1e-30;
+    for (int64_t k = 0; grad && !half && k < classes; ++k) {
+      total += g32[i * classes + k];
+      size += std::fabs(g32[i * classes + k]);
+    }
+    good &= std::isfinite(loss[i]) && loss[i] >= 0 && std::fabs(total) <= 1e-5 * size;
+  }
+  if (!good) std::printf("FAILED divergence %d classes %ld dtype %d\n", kind, (long)classes, dtype);
+  return good;
+}
+
 int main() {
   std::mt19937 random(0);
   int failed = 0, done = 0;
@@ -214,6 +262,14 @@ int main() {
             ++done;
           }
         }
+  for (int64_t classes : {2, 7, 16, 31, 129, 2048, 2049, 4133})
+    for (int kind = kForwardKL; kind <= kDecoupled; ++kind)
+      for (const KdDtype dtype : {kFloat32, kBFloat16})
+        for (const bool grad : {false, true}) {
+          failed +=
+              !check_divergence(static_cast<KdDivergence>(kind), classes, dtype, grad, random);
+          ++done;
+        }
   // Labels out of range are reported before anything is written.
   float logits[2] = {1, 2}, grad[2] = {7, 7}, loss = 7;
   for (int64_t bad : {int64_t{2}, int64_t{-1}, std::numeric_limits<int64_t>::max()}) {
@@ -226,7 +282,7 @@ int main() {
     p.rows = 1;
     p.classes = 2;
     p.ignore_index = kIgnore;
-    p.temperature = 1;
+    p.temperature = p.teacher_temperature = p.soft_factor = 1;
     p.alpha = 0.5;
     const KdStatus status = kd_run(p, {kMean, false, &loss, nullptr, nullptr}, 1);
     failed += !(status.bad_label_row == 0 && loss == 7 && grad[0] == 7 && grad[1] == 7);
