@@ -1,6 +1,8 @@
 """The short way of small calls: it takes what is plain, refuses the rest, and changes no result."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,3 +192,31 @@ def test_a_call_keeps_no_tensor_alive():
         loss_fn(s.detach().requires_grad_(), t.clone(), y.clone()).backward()
     gc.collect()
     assert sum(type(o) is torch.Tensor for o in gc.get_objects()) == before
+
+
+TABLES = {
+    "none": "del torch.Tensor.__dlpack_c_exchange_api__",
+    "a number": "torch.Tensor.__dlpack_c_exchange_api__ = 140000",
+    "of another version": """
+import ctypes
+header = (ctypes.c_uint32 * 32)(2, 0)  # DLPack 2
+make = ctypes.pythonapi.PyCapsule_New
+make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+name = b"dlpack_exchange_api"
+torch.Tensor.__dlpack_c_exchange_api__ = make(ctypes.addressof(header), name, None)
+""",
+}
+
+
+@pytest.mark.parametrize("change", TABLES.values(), ids=TABLES)
+def test_a_torch_that_describes_its_tensors_otherwise_takes_the_long_way(change):
+    script = f"""
+import torch
+{change}
+from kdkernels import backends, kd_loss
+s, t, y = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5), torch.zeros(3, dtype=torch.long)
+assert not backends.PLAIN_CPU.serves(s, t, y)
+kd_loss(s, t, y, backend="cpu").backward()
+assert s.grad.isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

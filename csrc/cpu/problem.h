@@ -49,7 +49,7 @@ KD_INLINE int64_t kd_scratch_row(const KdProblem& p) {
 }
 KD_INLINE int64_t kd_scratch_size(const KdProblem& p) {
   return 3 * kd_scratch_row(p) + 2 * (p.classes / kBlock + 1) +
-         (p.general ? kd_scratch_row(p) + 2 * kBlock + 8 : 0);
+         (p.general ? kd_scratch_row(p) + 2 * kBlock : 0);
 }
 
 // Rows [begin, end) with one instruction set; `scratch` is 64-byte aligned.

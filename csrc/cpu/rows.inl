@@ -32,6 +32,8 @@ namespace {
 
 #include "sweeps.inl"
 
+#include "policies.inl"
+
 #include "divergences.inl"
 
 #include "jobs.inl"

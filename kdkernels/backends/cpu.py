@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,18 @@ except ImportError as error:
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
 
-# torch describes its tensors to native code from 2.10 on. Before, no call is plain.
-_table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-if _cpu is not None and _table is not None:
-    _cpu.use_tensors(_table, [torch.Tensor, torch.nn.Parameter])
+
+def _let_native_code_look() -> None:
+    """torch describes its tensors to native code from 2.10 on; without that no call is plain."""
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if _cpu is None or table is None:
+        return
+    # TypeError, ValueError: a table of another kind or version, which a later torch may bring.
+    with contextlib.suppress(TypeError, ValueError):
+        _cpu.use_tensors(table, [torch.Tensor, torch.nn.Parameter])
+
+
+_let_native_code_look()
 
 
 # From here on gradients lie in memory that csrc/cpu/memory.cpp keeps from step to step: fresh pages
