@@ -76,7 +76,8 @@ def _mixture(divergence: Any, parameters: dict[str, float]) -> tuple[Term, ...]:
     known = f"one of {tuple(DIVERGENCES)} or a mapping of these to weights"
     if isinstance(divergence, str):
         divergence = ((divergence, 1.0),)
-    if not isinstance(divergence, tuple):
+    pairs = isinstance(divergence, tuple) and all(isinstance(item, tuple) for item in divergence)
+    if not pairs:
         raise TypeError(f"divergence must be {known}, got {type(divergence).__name__}")
     if not divergence:
         raise ValueError("divergence must name at least one divergence, got an empty mapping")

@@ -359,6 +359,21 @@ def test_rows_left_out_and_rows_that_are_no_numbers(backend, name):
     assert kd_loss(s, t, ignored, divergence=name, backend=backend) == 0
 
 
+@backend
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("c", [5, 3000])
+def test_without_a_share_the_teacher_is_not_touched(backend, name, c):
+    s, t, y = inputs(4, c)
+    s[0, y[0]] += 30.0  # a class that the student is sure of: the label, and another
+    s[1, (y[1] + 1) % c] += 30.0
+    x, expected = s.clone().requires_grad_(), s.double().requires_grad_()
+    options = {"alpha": 0.0, "divergence": name, "backend": backend}
+    kd_loss(x, torch.full_like(t, math.nan), y, **options).backward()
+    F.cross_entropy(expected, y).backward()
+    error = (x.grad - expected.grad).norm()
+    assert error <= GRAD_BOUND[torch.float32] * expected.grad.norm()
+
+
 @names
 def test_the_spread_of_real_training(name):
     """log(0.5 p + 0.5 q) with both about e^-104, T below 1: NaN elsewhere (Liger-Kernel #1453)."""
@@ -411,6 +426,7 @@ WRONG = [
     ({"divergence": "kl"}, ValueError, r"divergence must be one of .*'reverse_kl'.* got 'kl'"),
     ({"divergence": {}}, ValueError, "divergence must name at least one"),
     ({"divergence": 3}, TypeError, "divergence must be one of .* got int"),
+    ({"divergence": ("jsd", "renyi")}, TypeError, "divergence must be one of .* got tuple"),
     ({"divergence": {"kl": 1.0}}, ValueError, "divergence must be one of .* got 'kl'"),
     ({"divergence": {"jsd": INF}}, ValueError, "weight of 'jsd' in divergence must be finite"),
     ({"divergence": {"jsd": "1"}}, TypeError, "weight of 'jsd' in divergence must be a finite"),

@@ -52,9 +52,10 @@ void conclude_decoupled(const KdProblem& p, Job<Real>& job) {
     const double off = kError * fabs(term.weight) * (fabs(alpha) + fabs(beta));
     if (!loss_is_exact(p, sums, p.soft[job.row], off)) job.good = kNothing;
   }
-  job.more = k * alpha * more;
-  job.label_off = k * alpha * q.is * q.is_not;
+  job.more = job.label_off = 0;  // whatever the teacher is, if it has no share
   if (p.alpha > 0) {
+    job.more = k * alpha * more;
+    job.label_off = k * alpha * q.is * q.is_not;
     job.f.student = sums.student > 0 ? (k * beta - job.more) / sums.student : 0;
     job.f.teacher = sums.teacher > 0 ? k * beta / sums.teacher : 0;
   }
@@ -78,7 +79,9 @@ void single_out_decoupled(const KdProblem& p, Job<Real>& job) {
   if (job.sure.index >= 0) {
     // Where all the others' mass is, both shares are 1 less something.
     const double beta = f.teacher * job.sums.teacher;
-    const double soft = f.teacher * job.sure.teacher - beta * job.sure.student / job.sums.student;
+    const double soft =
+        f.teacher == 0 ? 0
+                       : f.teacher * job.sure.teacher - beta * job.sure.student / job.sums.student;
     job.entries[1].gradient = soft - job.more / job.sums.student + (hard ? f.hard : 0);
   }
   job.squares = 0;
