@@ -74,6 +74,63 @@ struct Options {
   }
 };
 
+// A divergence of a mixture: kind, weight, parameter, second, and per row the addresses of weights
+// and parameters, or 0.
+typedef std::tuple<int, double, double, double, uintptr_t, uintptr_t> TermOf;
+
+// What a call asks for that is more than one divergence of the logits as they are.
+struct Plan : KdPlan {
+  Plan() : KdPlan{} { student_scale = teacher_scale = teacher_share = 1; }
+
+  void add_pass(double temperature, double teacher_temperature, double weight, bool added,
+                const std::vector<TermOf>& mixture) {
+    if (passes == kMaxPasses || mixture.size() > kMaxTerms || mixture.empty())
+      throw std::invalid_argument("too many temperatures or divergences");
+    KdPass& to = pass[passes++];
+    to = {temperature, teacher_temperature, weight, added, 0, {}};
+    for (const auto& [kind, share, parameter, second, weights, parameters] : mixture)
+      to.term[to.terms++] = {static_cast<KdDivergence>(kind),
+                             share,
+                             parameter,
+                             second,
+                             pointer<const double>(weights),
+                             pointer<const double>(parameters)};
+  }
+
+  void add_teacher(uintptr_t logits, int dtype, const Rows& rows, double weight) {
+    if (teachers == kMaxTeachers) throw std::invalid_argument("too many teachers");
+    teacher[teachers++] = {pointer<const void>(logits), static_cast<KdDtype>(dtype), rows_of(rows),
+                           weight};
+  }
+
+  void set_logits(double softcap, double student_scale, double teacher_scale,
+                  uintptr_t student_bias, uintptr_t teacher_bias, double teacher_share) {
+    this->softcap = softcap;
+    this->student_scale = student_scale;
+    this->teacher_scale = teacher_scale;
+    this->student_bias = pointer<const double>(student_bias);
+    this->teacher_bias = pointer<const double>(teacher_bias);
+    this->teacher_share = teacher_share;
+  }
+
+  void set_rows(uintptr_t temperature, uintptr_t sample_weight, uintptr_t metrics) {
+    row_temperature = pointer<const double>(temperature);
+    this->sample_weight = pointer<const double>(sample_weight);
+    this->metrics = pointer<double>(metrics);
+  }
+
+  void set_top_k(uintptr_t values, uintptr_t indices, int64_t k, int tail) {
+    top_k = {pointer<const double>(values), pointer<const int64_t>(indices), k,
+             static_cast<KdTail>(tail)};
+  }
+
+  void set_switches(bool standardize, bool scale_by_t2, int ensemble) {
+    this->standardize = standardize;
+    this->scale_by_t2 = scale_by_t2;
+    this->ensemble = static_cast<KdEnsemble>(ensemble);
+  }
+};
+
 // Holding the GIL costs other threads little below this, releasing it costs this call something.
 constexpr int64_t kReleaseWork = 16384;
 
@@ -100,8 +157,12 @@ double run_laid_out(const Options& options, uintptr_t student, uintptr_t teacher
                     uintptr_t hard, const Rows& student_rows, const Rows& teacher_rows,
                     const Rows& grad_rows, int64_t rows, int64_t classes, int student_dtype,
                     int teacher_dtype, bool labels_are_int64, int threads,
-                    const std::vector<std::pair<uintptr_t, uintptr_t>>& of_rows) {
+                    const std::vector<std::pair<uintptr_t, uintptr_t>>& of_rows, Plan* plan,
+                    double z_loss) {
   KdProblem p = options.problem();
+  p.plan = plan;
+  p.z_loss = z_loss;
+  if (plan) p.general = true;  // as much memory as any pass asks for
   for (size_t k = 0; k < of_rows.size() && k < options.terms.size(); ++k) {
     p.term[k].row_weight = pointer<const double>(of_rows[k].first);
     p.term[k].row_parameter = pointer<const double>(of_rows[k].second);
@@ -190,6 +251,14 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Options>(m, "Options")
       .def(py::init<double, double, int64_t, double, int, bool, double, double,
                     const std::vector<std::tuple<int, double, double, double>>&>());
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<>())
+      .def("add_pass", &Plan::add_pass)
+      .def("add_teacher", &Plan::add_teacher)
+      .def("set_logits", &Plan::set_logits)
+      .def("set_rows", &Plan::set_rows)
+      .def("set_top_k", &Plan::set_top_k)
+      .def("set_switches", &Plan::set_switches);
   m.def("run", &run_laid_out);
   m.def("use_tensors", [](const py::capsule& table, const std::vector<py::type>& types) {
     tensors().use(table, types);

@@ -36,6 +36,8 @@ struct KdLoss {
   int64_t rows, classes, ignore_index;
   double temperature, alpha, label_smoothing;
   double soft_factor;  // of the soft term: T^2, or 1
+  double z_loss;       // of the squared logarithm of the cross entropy's sum
+  double logit_shift;  // what has been taken off the student's logits
 
   KD_INLINE int64_t label(int64_t row) const {
     return labels_are_int64 ? static_cast<const int64_t*>(labels)[row]

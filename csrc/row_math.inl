@@ -97,8 +97,15 @@ KD_INLINE D cross_entropy(const KdLoss& p, const KdScales& scales, const S& sums
   f.smooth = -scales.hard_scale * smooth;
   f.smooth_total = scales.hard_scale * smooth * scales.weight_sum;
   f.label = scales.hard_scale * (1 - epsilon) * w;
+  const D lse = natural_log(sums.hard);
+  D loss = (1 - epsilon) * w * (lse - (at_label - max));
+  if constexpr (sizeof(D) == sizeof(double))  // rows side by side have no z-loss
+    if (p.z_loss > 0) {
+      const double absolute = lse + max + p.logit_shift;
+      loss += p.z_loss * absolute * absolute;
+      f.smooth_total += 2 * scales.hard_scale * p.z_loss * absolute;  // as it is of every r
+    }
   f.hard = (f.label + f.smooth_total) / sums.hard;
-  const D lse = natural_log(sums.hard), loss = (1 - epsilon) * w * (lse - (at_label - max));
   if (!(epsilon > 0)) return loss;
   return loss + smooth * (scales.weight_sum * (lse + max) - sums.smooth);
 }

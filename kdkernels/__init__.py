@@ -4,6 +4,15 @@ from kdkernels._version import __version__
 from kdkernels.backends.cpu import empty_cache
 from kdkernels.functional import kd_loss
 from kdkernels.modules import FusedKDLoss
-from kdkernels.reference import KDTerms
+from kdkernels.reference import KDMetrics, KDTerms
+from kdkernels.teachers import TopKTeacher
 
-__all__ = ["FusedKDLoss", "KDTerms", "__version__", "empty_cache", "kd_loss"]
+__all__ = [
+    "FusedKDLoss",
+    "KDMetrics",
+    "KDTerms",
+    "TopKTeacher",
+    "__version__",
+    "empty_cache",
+    "kd_loss",
+]

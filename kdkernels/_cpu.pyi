@@ -1,4 +1,4 @@
-# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/cpu.py calls it.
+# The compiled module, csrc/bindings.cpp. Only kdkernels/backends/{cpu,plan}.py call it.
 
 from torch import Tensor
 
@@ -20,6 +20,31 @@ class Options:
         mixture: list[tuple[int, float, float, float]],
     ) -> None: ...
 
+class Plan:
+    """What a row takes more than one look for; only kdkernels/backends/plan.py fills one in."""
+
+    def add_pass(
+        self,
+        temperature: float,
+        teacher_temperature: float,
+        weight: float,
+        added: bool,
+        mixture: list[tuple[int, float, float, float, int, int]],
+    ) -> None: ...
+    def add_teacher(self, logits: int, dtype: int, rows: _Rows, weight: float) -> None: ...
+    def set_logits(
+        self,
+        softcap: float,
+        student_scale: float,
+        teacher_scale: float,
+        student_bias: int,
+        teacher_bias: int,
+        teacher_share: float,
+    ) -> None: ...
+    def set_rows(self, temperature: int, sample_weight: int, metrics: int) -> None: ...
+    def set_top_k(self, values: int, indices: int, k: int, tail: int) -> None: ...
+    def set_switches(self, standardize: bool, scale_by_t2: bool, ensemble: int) -> None: ...
+
 def run(
     options: Options,
     student: int,
@@ -40,6 +65,8 @@ def run(
     labels_are_int64: bool,
     threads: int,
     of_rows: list[tuple[int, ...]],
+    plan: Plan | None,
+    z_loss: float,
 ) -> float: ...
 def use_tensors(table: object, types: list[type]) -> None: ...
 def is_plain(student: object, teacher: object, labels: object) -> bool: ...

@@ -1,294 +1,214 @@
-"""Argument checks: bad input raises here, before native code runs, and nothing has been changed."""
+"""Checks of the tensors: bad input raises here, before native code runs."""
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from kdkernels import backends
-from kdkernels.divergences import DIVERGENCES, FORWARD_KL, PerRow, Term
+from kdkernels.divergences import DIVERGENCES, PerRow, Term
+from kdkernels.options import MAX_TEMPERATURE, MIN_TEMPERATURE, SHARES, Options, check_is_used
+from kdkernels.teachers import Teacher, TopKTeacher, tensors_of
 
-# Beyond these T² and 1/T leave the numbers that float32 logits can be divided by.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-# Of the options that belong to one divergence or another.
-DEFAULTS = {"beta": 0.5, "skew": 0.1, "divergence_alpha": 0.5, "dkd_alpha": 1.0, "dkd_beta": 8.0}
-REDUCTIONS = ("mean", "sum", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Options(NamedTuple):
-    """The checked options of one loss: all that does not change from call to call."""
-
-    temperature: float
-    alpha: float
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    distill_ignored: bool
-    divergence: tuple[Term, ...] = FORWARD_KL
-    teacher_temperature: float | None = None  # None: the same as the student's
-    scale_by_t2: bool = True
-
-    @property
-    def unusual(self) -> str | None:
-        """What is not the forward KL at one temperature times T², in words; None if nothing is."""
-        if self.divergence != FORWARD_KL:
-            return f"divergence {' + '.join(term.name for term in self.divergence)}"
-        if self.teacher_temperature is not None:
-            return "a teacher_temperature of its own"
-        return None if self.scale_by_t2 else "scale_by_t2=False"
-
-
-def _number(name: str, value: Any, expected: str) -> float:
-    # bool is an int to Python; a tensor would make the GPU wait for the host.
-    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__float__"):
-        try:
-            return float(value)
-        except (TypeError, OverflowError):  # an array of several numbers; 10**400
-            pass
-    raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-
-
-def _temperature(name: str, value: Any) -> float:
-    temperature = _number(name, value, "a finite number > 0")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{name} must be a finite number > 0, got {temperature}")
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(
-            f"{name} must be between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, got {temperature}"
-        )
-    return temperature
-
-
-def _share(name: str, value: Any) -> float:
-    share = _number(name, value, "a number in [0, 1]")
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {share}")
-    return share
-
-
-def _mixture(divergence: Any, parameters: dict[str, float]) -> tuple[Term, ...]:
-    """The terms of a name, or of a mapping of names to weights (as its items)."""
-    known = f"one of {tuple(DIVERGENCES)} or a mapping of these to weights"
-    if isinstance(divergence, str):
-        divergence = ((divergence, 1.0),)
-    pairs = isinstance(divergence, tuple) and all(isinstance(item, tuple) for item in divergence)
-    if not pairs:
-        raise TypeError(f"divergence must be {known}, got {type(divergence).__name__}")
-    if not divergence:
-        raise ValueError("divergence must name at least one divergence, got an empty mapping")
-    terms = []
-    for name, weight in divergence:
-        if name not in DIVERGENCES:
-            raise ValueError(f"divergence must be {known}, got {name!r}")
-        weight = _number(f"the weight of {name!r} in divergence", weight, "a finite number")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of {name!r} in divergence must be finite, got {weight}")
-        option = DIVERGENCES[name].option
-        parameter = 0.0 if option is None else parameters[option]
-        if option == "divergence_alpha" and not math.isfinite(parameter):
-            raise ValueError(f"divergence_alpha must be finite, got {parameter}")
-        if name == "renyi" and not parameter > 0:
-            raise ValueError(f"divergence_alpha must be > 0 with 'renyi', got {parameter}")
-        terms.append(Term(name, weight, parameter, parameters["dkd_beta"] if name == "dkd" else 0))
-    terms.sort(key=lambda term: term.name != "dkd")
-    return tuple(terms)
-
-
-def _check_dkd(mixture: tuple[Term, ...], **others: bool) -> None:
-    """What decoupled distillation does not go together with, and its own weights."""
-    for name, value in (("dkd_alpha", mixture[0].parameter), ("dkd_beta", mixture[0].second)):
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-    if len(mixture) > 1:
-        raise ValueError(
-            f"divergence 'dkd' and {mixture[1].name!r} cannot be mixed in one pass; add two losses"
-        )
-    for option, asked in others.items():
-        if asked:
-            raise ValueError(f"divergence='dkd' and {option} do not go together")
-
-
-def _check_is_used(option: str, mixture: tuple[Term, ...]) -> None:
-    """No option is taken and then ignored."""
-    users = [n for n, d in DIVERGENCES.items() if option in (d.option, d.second)]
-    if not any(term.name in users for term in mixture):
-        asked = " + ".join(repr(term.name) for term in mixture)
-        raise ValueError(
-            f"{option} is for divergence {' or '.join(map(repr, users))}, and divergence is {asked}"
-        )
-
-
-def check_per_row(per_row: PerRow, mixture: tuple[Term, ...], student: Tensor) -> None:
-    """Options given per row: one finite number for each, beta and skew in [0, 1].
-
-    Raises:
-        TypeError, ValueError: naming the option that is wrong. Values are looked at on the CPU;
-            elsewhere that would make the host wait.
-    """
-    for option, values in per_row.items():
-        if option == "dkd":
-            raise ValueError("the weight of 'dkd' in divergence must be a number, not one per row")
-        if option in DEFAULTS:
-            _check_is_used(option, mixture)
-        name = option if option in DEFAULTS else f"the weight of {option!r} in divergence"
-        _check_kind(name, values)
-        if values.requires_grad:
-            raise ValueError(f"{name} must not require grad: it is a constant of the loss")
-        if values.shape != student.shape[:-1]:
-            raise ValueError(
-                f"{name} must hold one value per row, shape {tuple(student.shape[:-1])}, "
-                f"got {tuple(values.shape)}"
-            )
-        if values.device != student.device:
-            _wrong_device(name, values, student)
-        if values.device.type != "cpu":
-            continue
-        if option in DEFAULTS:
-            if not bool(((values >= 0) & (values <= 1)).all()):
-                raise ValueError(f"{name} must be in [0, 1] in every row")
-        elif not bool(values.isfinite().all()):
-            raise ValueError(f"{name} must be finite in every row")
-
-
-def _check_options(
-    temperature: Any,
-    alpha: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    reduction: Any,
-    distill_ignored: Any,
-    inplace: Any,
-    return_terms: Any,
-    backend: Any,
-    divergence: Any,
-    beta: Any,
-    skew: Any,
-    divergence_alpha: Any,
-    teacher_temperature: Any,
-    scale_by_t2: Any,
-    dkd_alpha: Any,
-    dkd_beta: Any,
-) -> Options:
-    temperature = _temperature("temperature", temperature)
-    if teacher_temperature is not None:
-        teacher_temperature = _temperature("teacher_temperature", teacher_temperature)
-    if teacher_temperature == temperature:
-        teacher_temperature = None
-    alpha = _share("alpha", alpha)
-    label_smoothing = _share("label_smoothing", label_smoothing)
-    parameters = {
-        "beta": _share("beta", beta),
-        "skew": _share("skew", skew),
-        "divergence_alpha": _number("divergence_alpha", divergence_alpha, "a finite number"),
-        "dkd_alpha": _number("dkd_alpha", dkd_alpha, "a number >= 0"),
-        "dkd_beta": _number("dkd_beta", dkd_beta, "a number >= 0"),
-    }
-    mixture = _mixture(divergence, parameters)
-    for option, value in parameters.items():
-        if value != DEFAULTS[option]:
-            _check_is_used(option, mixture)
-    if mixture[0].name == "dkd":
-        _check_dkd(
-            mixture,
-            label_smoothing=label_smoothing > 0,
-            distill_ignored=distill_ignored is True,
-            teacher_temperature=teacher_temperature is not None,
-        )
-    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit into 64 bits, got {ignore_index}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    switches = {
-        "distill_ignored": distill_ignored,
-        "inplace": inplace,
-        "return_terms": return_terms,
-        "scale_by_t2": scale_by_t2,
-    }
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    if backend is not None and backend not in backends.NAMES:
-        raise ValueError(f"backend must be None or one of {backends.NAMES}, got {backend!r}")
-    return Options(
-        temperature,
-        alpha,
-        int(ignore_index),
-        label_smoothing,
-        reduction,
-        distill_ignored,
-        mixture,
-        teacher_temperature,
-        scale_by_t2,
-    )
-
-
-_cached_check_options = functools.lru_cache(maxsize=256, typed=True)(_check_options)
-
-
-def check_options(*options: Any) -> Options:
-    """The options, in the order of ``kd_loss``'s signature without ``weight``, as :class:`Options`.
-
-    A mapping of divergences as the tuple of its items, as ``split_per_row`` makes it.
-
-    Raises:
-        TypeError, ValueError: naming the option that is wrong.
-    """
-    try:
-        return _cached_check_options(*options)
-    except TypeError:  # an unhashable value, or one of the wrong type: let the check name it
-        return _check_options(*options)
 
 
 def check_tensors(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    tensors: PerRow,
 ) -> None:
     """Types, dtypes, shapes and devices of one call.
 
     Raises:
-        TypeError, ValueError: naming the tensor that is wrong.
+        TypeError, ValueError: naming the tensor or the options that are wrong.
     """
     _check_kind("student_logits", student)
-    _check_kind("teacher_logits", teacher)
     shape, device = student.shape, student.device
-    if shape != teacher.shape:
-        raise ValueError(
-            f"teacher_logits must have the shape of student_logits, {tuple(shape)}, "
-            f"got {tuple(teacher.shape)}"
-        )
     if not shape or shape[-1] == 0:
         raise ValueError(
             f"student_logits must be (..., C) with C >= 1 classes last, got {tuple(shape)}"
         )
-    if teacher.device != device:
-        _wrong_device("teacher_logits", teacher, student)
+    classes = options.num_classes or shape[-1]
+    if classes > shape[-1]:
+        raise ValueError(
+            f"num_classes must be at most the classes of student_logits, {shape[-1]}, got {classes}"
+        )
+    _check_teacher(teacher, student, options, classes)
     if labels is not None:
         _check_labels(labels, shape[:-1])
         if labels.device != device:
             _wrong_device("labels", labels, student)
     elif options.alpha < 1:
         raise ValueError(f"labels are missing: alpha must be 1 without them, got {options.alpha}")
-    elif options.divergence[0].name == "dkd":
-        raise ValueError("labels are missing: divergence='dkd' needs them")
+    else:
+        for term in options.divergence:
+            if DIVERGENCES[term.name].labelled:
+                raise ValueError(f"labels are missing: divergence={term.name!r} needs them")
     if weight is not None:
         check_weight(weight)
-        if weight.shape != shape[-1:]:
+        if options.z_loss:
+            raise ValueError("z_loss and weight do not go together")
+        _check_of_classes("weight", weight, classes, student)
+    for name, values in tensors.items():
+        if name.endswith("_bias"):
+            _check_kind("logit_bias", values, "a Tensor or None")
+            _check_constant("logit_bias", values)
+            _check_of_classes("logit_bias", values, classes, student)
+        else:
+            _check_per_row(name, values, options.divergence, student)
+
+
+def _check_teacher(teacher: Any, student: Tensor, options: Options, classes: int) -> None:
+    if isinstance(teacher, TopKTeacher):
+        return _check_top_k(teacher, student, options)
+    several = isinstance(teacher, tuple)
+    for k, t in enumerate(teacher) if several else [(0, teacher)]:
+        name = f"teacher_logits[{k}]" if several else "teacher_logits"
+        _check_kind(name, t)
+        wanted: tuple[int, ...] = student.shape
+        if options.num_classes is not None and t.dim() and t.shape[-1] >= classes:
+            wanted = (*student.shape[:-1], t.shape[-1])
+        if t.shape != wanted:
+            hint = ""
+            if t.shape[:-1] == student.shape[:-1] and options.num_classes is None:
+                hint = "; num_classes says how many classes the two have in common"
+            elif options.num_classes is not None:
+                hint = f"; num_classes is {classes}"
             raise ValueError(
-                f"weight must hold one value per class, shape ({shape[-1]},), "
-                f"got {tuple(weight.shape)}"
+                f"{name} must have the shape of student_logits, {tuple(student.shape)}, "
+                f"got {tuple(t.shape)}{hint}"
             )
-        if weight.device != device:
-            _wrong_device("weight", weight, student)
+        if t.device != student.device:
+            _wrong_device(name, t, student)
+    if several and not teacher:
+        raise ValueError("teacher_logits must hold at least one teacher, got none")
+    if options.teacher_weights:
+        count = len(teacher) if several else 1
+        if len(options.teacher_weights) != count:
+            raise ValueError(
+                f"teacher_weights must hold one weight per teacher, {count}, "
+                f"got {len(options.teacher_weights)}"
+            )
+    return None
+
+
+def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options) -> None:
+    if teacher.values.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"TopKTeacher must have the rows of student_logits, {tuple(student.shape[:-1])}, "
+            f"got {tuple(teacher.values.shape[:-1])}"
+        )
+    if teacher.values.device != student.device:
+        _wrong_device("TopKTeacher.values", teacher.values, student)
+    k, classes = teacher.values.shape[-1], options.num_classes or student.shape[-1]
+    if not 1 <= k <= classes:
+        raise ValueError(f"TopKTeacher must have 1 to C = {classes} entries a row, got {k}")
+    names = [term.name for term in options.divergence]
+    refused = {
+        "standardize": options.standardize,
+        "taid": options.taid is not None,
+        "logit_softcap": options.softcap is not None,
+        "logit_scale": options.teacher_scale != 1,
+        "dist_gamma": options.intra_class > 0,
+        "teacher_weights": bool(options.teacher_weights),
+    }
+    refused |= {f"divergence={n!r}": n in ("dist", *_LABELLED) for n in names}
+    tail = f"TopKTeacher(tail={teacher.tail!r})"
+    if teacher.tail != "renormalize":
+        refused["several temperatures"] = bool(options.temperatures)
+        for name in ("agreement", "entropy_gap"):
+            refused[name] = getattr(options, name) != 0
+        refused['return_terms="metrics"'] = options.metrics
+        wanted = options.teacher_temperature or options.temperature
+        if teacher.temperature != wanted:
+            raise ValueError(
+                f"{tail} needs log-probabilities taken at the temperature in use, {wanted}, and "
+                f"its temperature is {teacher.temperature}"
+            )
+    for option, asked in refused.items():
+        if asked:
+            raise ValueError(f"{tail} and {option} do not go together")
+    if student.device.type == "cpu":
+        _check_indices(teacher.indices, classes)
+        if teacher.tail != "renormalize" and teacher.values.numel():
+            total = teacher.values.double().logsumexp(-1).max().item()
+            if total > 1e-2:
+                raise ValueError(
+                    f"{tail} needs log-probabilities, and those of a row add up to a probability "
+                    f"of {min(total, 700.0):.4g} on a logarithmic scale"
+                )
+
+
+_LABELLED = tuple(name for name, d in DIVERGENCES.items() if d.labelled)
+
+
+def _check_indices(indices: Tensor, classes: int) -> None:
+    if not indices.numel():
+        return
+    rows = indices.reshape(-1, indices.shape[-1])
+    out_of_range = (rows < 0) | (rows >= classes)
+    if bool(out_of_range.any()):
+        row, entry = out_of_range.nonzero()[0].tolist()
+        raise IndexError(
+            f"TopKTeacher.indices of row {row} hold {int(rows[row, entry])}: expected "
+            f"0 <= index < {classes}"
+        )
+    ordered = rows.sort(-1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if bool(repeated.any()):
+        row, entry = repeated.nonzero()[0].tolist()
+        raise ValueError(
+            f"TopKTeacher.indices of row {row} hold {int(ordered[row, entry])} more than once"
+        )
+
+
+def _check_per_row(option: str, values: Any, mixture: tuple[Term, ...], student: Tensor) -> None:
+    """One number for each row. Values are looked at on the CPU; elsewhere the host would wait."""
+    if option == "dkd":
+        raise ValueError("the weight of 'dkd' in divergence must be a number, not one per row")
+    is_weight = option in DIVERGENCES
+    if option in SHARES:
+        check_is_used(option, mixture)
+    name = f"the weight of {option!r} in divergence" if is_weight else option
+    _check_kind(name, values)
+    if option != "temperature":
+        _check_constant(name, values)
+    shape = student.shape[:-1]
+    if values.shape != shape and not (option == "temperature" and values.dim() == 0):
+        raise ValueError(
+            f"{name} must hold one value per row, shape {tuple(shape)}, got {tuple(values.shape)}"
+        )
+    if values.device != student.device:
+        _wrong_device(name, values, student)
+    if values.device.type != "cpu":
+        return
+    allowed = {"temperature": (MIN_TEMPERATURE, MAX_TEMPERATURE), "sample_weight": (0.0, 1e30)}
+    if option in SHARES or option in allowed:
+        least, most = allowed.get(option, (0.0, 1.0))
+        if not bool(((values >= least) & (values <= most)).all()):
+            bounds = "finite and >= 0" if option == "sample_weight" else f"in [{least:g}, {most:g}]"
+            raise ValueError(f"{name} must be {bounds} in every row")
+    elif not bool(values.isfinite().all()):
+        raise ValueError(f"{name} must be finite in every row")
+
+
+def _check_constant(name: str, values: Tensor) -> None:
+    if values.requires_grad:
+        raise ValueError(f"{name} must not require grad: it is a constant of the loss")
+
+
+def _check_of_classes(name: str, values: Tensor, classes: int, student: Tensor) -> None:
+    if values.shape != (classes,):
+        raise ValueError(
+            f"{name} must hold one value per class, shape ({classes},), got {tuple(values.shape)}"
+        )
+    if values.device != student.device:
+        _wrong_device(name, values, student)
 
 
 def check_weight(weight: Tensor) -> None:
@@ -330,7 +250,11 @@ def _wrong_device(name: str, tensor: Tensor, student: Tensor) -> NoReturn:
 
 
 def check_inplace(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None
+    student: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    tensors: PerRow,
 ) -> None:
     """inplace=True destroys the logits: refuse before anything is written where that is wrong.
 
@@ -356,7 +280,8 @@ def check_inplace(
             f"{student.stride()} for shape {tuple(student.shape)}"
         )
     first, last = _byte_range(student)
-    for name, other in (("teacher_logits", teacher), ("labels", labels), ("weight", weight)):
+    others = [("teacher_logits", t) for t in tensors_of(teacher)] + list(tensors.items())
+    for name, other in (*others, ("labels", labels), ("weight", weight)):
         if other is None or not (student.numel() and other.numel()):
             continue
         other_first, other_last = _byte_range(other)

@@ -9,7 +9,7 @@ the formula says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,22 +119,101 @@ def renyi(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
     return _kl(log_p, log_q) if a == 1 else _sum_of_powers(log_p, log_q, a).log() / (a - 1)
 
 
-def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
+class Row(NamedTuple):
+    """What an objective of image classification knows of the rows beside the two distributions."""
+
+    labels: Tensor  # (N,)
+    log_p: Tensor  # at temperature 1
+    log_q: Tensor
+    factor: Parameter  # what the soft term is multiplied with: T², or 1
+
+
+def _at(log: Tensor, labels: Tensor) -> Tensor:
+    return log.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _without_labels(log: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the other classes' total, and of each among them; -inf at the label."""
+    label = torch.zeros_like(log, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
+    rest = log.masked_fill(label, -torch.inf)
+    total = torch.logsumexp(rest, -1)  # 1 less the label's probability, without forming that
+    # Nothing but the label has mass: what is divided by that stays -inf.
+    return total, rest - torch.where(total == -torch.inf, 0.0, total).unsqueeze(-1)
+
+
+def _cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """-Σ p log q, with the entropy of p as a constant beside the divergence."""
+    p = log_p.exp()
+    return _kl(log_p, log_q) - torch.where(p == 0, 0.0, p * log_p.clamp(min=-1e30)).sum(-1)
+
+
+def dkd(log_p: Tensor, log_q: Tensor, alpha: float, beta: float, row: Row) -> Tensor:
     """α KL(label or not) + β KL(all but the label): Zhao et al. 2022, arXiv:2203.08679.
 
     Two classes have nothing beside the label's divergence.
     """
-    log_p, log_q = torch.broadcast_tensors(log_p, log_q)
-    label = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
-    of_label, others = [], []
-    for log in (log_p, log_q):
-        rest = log.masked_fill(label, -torch.inf)
-        # 1 less the label's probability, without forming that.
-        binary = log[label], torch.logsumexp(rest, -1)
-        of_label.append(torch.stack(binary, -1))
-        # Nothing but the label has mass: what is divided by that stays -inf.
-        others.append(rest - torch.where(binary[1] == -torch.inf, 0.0, binary[1]).unsqueeze(-1))
-    return _weighted(alpha, _kl(*of_label)) + _weighted(beta, _kl(*others))
+    of_p, of_q = _without_labels(log_p, row.labels), _without_labels(log_q, row.labels)
+    p = torch.stack((_at(log_p, row.labels), of_p[0]), -1)
+    q = torch.stack((_at(log_q, row.labels), of_q[0]), -1)
+    return _weighted(alpha, _kl(p, q)) + _weighted(beta, _kl(of_p[1], of_q[1]))
+
+
+def nkd(log_p: Tensor, log_q: Tensor, gamma: float, _: float, row: Row) -> Tensor:
+    """-p_y log q_y - γ Σ p' log q' of the classes but the label, p' and q' normalised among them,
+    and T² γ if those are at a temperature T: Yang et al. 2023, arXiv:2303.13005."""
+    p, q = _without_labels(log_p, row.labels)[1], _without_labels(log_q, row.labels)[1]
+    at_label = -_at(row.log_p, row.labels).exp() * _at(row.log_q, row.labels)
+    return at_label / row.factor + _weighted(gamma, _cross_entropy(p, q))
+
+
+def wsld(log_p: Tensor, log_q: Tensor, alpha: float, _: float, row: Row) -> Tensor:
+    """-α w Σ p log q, w = 1 - exp(-CE of the student / CE of the teacher), which has no gradient:
+    Zhou et al. 2021, arXiv:2102.00650."""
+    student, teacher = -_at(row.log_q, row.labels).detach(), -_at(row.log_p, row.labels)
+    # A teacher that is as sure as can be has no cross entropy to divide by.
+    weight = -torch.expm1(-(student / (teacher + 1e-7)).clamp(min=0))
+    return _weighted(alpha, weight * _cross_entropy(log_p, log_q))
+
+
+def dist(log_p: Tensor, log_q: Tensor, beta: Parameter = 1.0) -> Tensor:
+    """β (1 - Pearson's correlation of p and q): Huang et al. 2022, arXiv:2205.10536."""
+    return beta * one_minus_correlation(log_p.exp(), log_q.exp())
+
+
+def one_minus_correlation(p: Tensor, q: Tensor) -> Tensor:
+    """1 - Pearson's correlation along the last dimension; 1 where one of the two is constant."""
+    units = []
+    for x in (p, q):
+        x = x - x.mean(-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        units.append(torch.where(norm > 1e-12, x / torch.where(norm > 1e-12, norm, 1.0), 0.0))
+    p, q = units
+    constant = (p == 0).all(-1) | (q == 0).all(-1)
+    # Half the squared distance of unit vectors does not cancel.
+    return torch.where(constant, 1.0, ((p - q) ** 2).sum(-1) / 2)
+
+
+def hard(log_p: Tensor, log_q: Tensor, parameter: Parameter = 0.0) -> Tensor:
+    """-log q of the teacher's first largest class: Touvron et al. 2021 (DeiT), arXiv:2012.12877."""
+    decided = -_at(log_q, log_p.argmax(-1))
+    return torch.where(log_p.isnan().any(-1), torch.nan, decided)
+
+
+def agreement(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """-log Σ p q: the chance that both draw the same class."""
+    return -torch.logsumexp(log_p + log_q, -1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """-Σ p log p."""
+    seen = log_p > -torch.inf
+    log = torch.where(seen, log_p, 0.0)
+    return -torch.where(seen, log.exp() * log, torch.where(log_p.isnan(), log_p, 0.0)).sum(-1)
+
+
+def entropy_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(H(p) - H(q))²."""
+    return (entropy(log_p) - entropy(log_q)) ** 2
 
 
 def _weighted(weight: float, rows: Tensor) -> Tensor:
@@ -149,7 +228,9 @@ class Divergence(NamedTuple):
     code: int  # KdDivergence of csrc/cpu/problem.h
     option: str | None = None  # the option that is its parameter
     second: str | None = None  # and its other one
-    labelled: bool = False  # rows is (log_p, log_q, labels, parameter, second)
+    labelled: bool = False  # rows is (log_p, log_q, parameter, second, Row)
+    temperature: float = 4.0  # unless another is asked for
+    alone: bool = False  # shares no sweep with others
 
 
 DIVERGENCES = {
@@ -161,7 +242,11 @@ DIVERGENCES = {
     "total_variation": Divergence(total_variation, 5),
     "alpha": Divergence(alpha_divergence, 6, "divergence_alpha"),
     "renyi": Divergence(renyi, 7, "divergence_alpha"),
-    "dkd": Divergence(dkd, 8, "dkd_alpha", "dkd_beta", labelled=True),
+    "dkd": Divergence(dkd, 8, "dkd_alpha", "dkd_beta", labelled=True, alone=True),
+    "nkd": Divergence(nkd, 9, "nkd_gamma", labelled=True, temperature=1.0, alone=True),
+    "wsld": Divergence(wsld, 10, "wsld_alpha", labelled=True, alone=True),
+    "dist": Divergence(dist, 11, "dist_beta", temperature=1.0),
+    "hard": Divergence(hard, 12, temperature=1.0, alone=True),
 }
 
 
@@ -174,23 +259,8 @@ class Term(NamedTuple):
     second: float = 0.0
 
 
-PerRow = Mapping[str, Tensor]  # "beta", "skew", or the weight of the divergence of that name
+PerRow = Mapping[str, Tensor]  # options that are given as tensors, by name
 FORWARD_KL = (Term("forward_kl", 1.0, 0.0),)
-
-
-def split_per_row(divergence: Any, beta: Any, skew: Any) -> tuple[Any, Any, Any, dict[str, Tensor]]:
-    """The options with a number in the place of each Tensor, and those Tensors by name."""
-    per_row: dict[str, Tensor] = {}
-    if isinstance(divergence, Mapping):
-        per_row |= {name: w for name, w in divergence.items() if isinstance(w, Tensor)}
-        divergence = tuple(
-            (name, 1.0 if isinstance(w, Tensor) else w) for name, w in divergence.items()
-        )
-    if isinstance(beta, Tensor):
-        per_row["beta"], beta = beta, 0.5
-    if isinstance(skew, Tensor):
-        per_row["skew"], skew = skew, 0.5
-    return divergence, beta, skew, per_row
 
 
 def of_term(term: Term, per_row: PerRow) -> tuple[Tensor | None, Tensor | None]:
@@ -200,9 +270,9 @@ def of_term(term: Term, per_row: PerRow) -> tuple[Tensor | None, Tensor | None]:
 
 
 def mixture_rows(
-    log_p: Tensor, log_q: Tensor, labels: Tensor, mixture: tuple[Term, ...], per_row: PerRow
+    log_p: Tensor, log_q: Tensor, row: Row, mixture: tuple[Term, ...], per_row: PerRow
 ) -> Tensor:
-    """The weighted sum of a mixture's divergences, (N, C), (N, C), (N,) -> (N,)."""
+    """The weighted sum of a mixture's divergences, (N, C), (N, C) -> (N,)."""
     total = log_q.new_zeros(log_q.shape[:1])
     for term in mixture:
         weights, parameters = of_term(term, per_row)
@@ -210,7 +280,7 @@ def mixture_rows(
         parameter = term.parameter if parameters is None else parameters.reshape(-1).to(log_q.dtype)
         divergence = DIVERGENCES[term.name]
         if divergence.labelled:
-            rows = divergence.rows(log_p, log_q, labels, parameter, term.second)
+            rows = divergence.rows(log_p, log_q, parameter, term.second, row)
         else:
             rows = divergence.rows(log_p, log_q, parameter)
         # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.

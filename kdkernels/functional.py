@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,15 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backends
-from kdkernels.checks import (
-    Options,
-    check_inplace,
-    check_options,
-    check_per_row,
-    check_tensors,
-)
-from kdkernels.divergences import PerRow, split_per_row
-from kdkernels.reference import KDTerms, kd_terms
+from kdkernels.backends.native import DTYPE_CODES
+from kdkernels.checks import check_inplace, check_tensors
+from kdkernels.divergences import PerRow
+from kdkernels.intra_class import with_intra_class
+from kdkernels.options import Options, Prepared, prepare
+from kdkernels.reference import KDMetrics, KDTerms, kd_terms
+from kdkernels.teachers import Teacher, TopKTeacher, logits_of, tensors_of
 
 
 class _Call(NamedTuple):
@@ -28,19 +26,19 @@ class _Call(NamedTuple):
     have no gradient and of which it could not save those made in inference mode.
     """
 
-    teacher: Tensor
+    teacher: Teacher
     labels: Tensor | None
     weight: Tensor | None
     options: Options
     backend: backends.Backend
     inplace: bool
     want_terms: bool
-    per_row: PerRow
+    tensors: PerRow
 
     def versions(self) -> list[int]:
         """What in-place writes have counted up to; writes to inference tensors are not counted."""
-        constants = [t for t in (self.teacher, self.labels, self.weight) if t is not None]
-        constants += self.per_row.values()
+        constants = [t for t in (self.labels, self.weight) if t is not None]
+        constants += (*tensors_of(self.teacher), *self.tensors.values())
         try:
             return [t._version for t in constants]
         except RuntimeError:  # inference tensors have none; asking each of them takes longer
@@ -52,9 +50,9 @@ class _FusedKDLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor | tuple[Tensor | None, ...]:  # type: ignore[override]
-        teacher, labels, weight, options, backend, inplace, want_terms, per_row = call
-        loss, soft, hard, grad, grad_scale = backend.run(
-            student, teacher, labels, weight, options, want_terms, True, inplace, per_row
+        teacher, labels, weight, options, backend, inplace, want_terms, tensors = call
+        loss, soft, hard, grad, grad_scale, metrics = backend.run(
+            student, teacher, labels, weight, options, want_terms, True, inplace, tensors
         )
         ctx.call, ctx.grad, ctx.grad_scale = call, grad, grad_scale
         if inplace:
@@ -65,8 +63,9 @@ class _FusedKDLoss(torch.autograd.Function):
         if not want_terms:
             return loss
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(soft, hard)
-        return loss, soft, hard
+        detached = (soft, hard, *metrics)
+        ctx.mark_non_differentiable(*detached)
+        return loss, *detached
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
@@ -141,29 +140,22 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     (student,) = ctx.saved_tensors
     if call.versions() != ctx.versions:
         raise RuntimeError(
-            "teacher_logits, labels or weight have been modified by an inplace operation since the "
-            "loss was computed: no second derivative (create_graph=True)"
+            "teacher_logits, labels, weight or another tensor of the loss have been modified by an "
+            "inplace operation since it was computed: no second derivative (create_graph=True)"
         )
     # Through an alias: the hooks of the logits are for this gradient alone, and run once.
     alias = student.view_as(student)
-    loss = kd_terms(
-        alias,
-        call.teacher,
-        call.labels,
-        weight=call.weight,
-        per_row=call.per_row,
-        **call.options._asdict(),
-    ).loss
+    loss = kd_terms(alias, call.teacher, call.labels, call.options, call.weight, call.tensors).loss
     (grad,) = torch.autograd.grad(loss, alias, incoming, create_graph=True)
     return grad  # type: ignore[no-any-return]
 
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] | Tensor | None = None,
     alpha: float = 0.9,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -171,17 +163,34 @@ def kd_loss(
     reduction: str = "mean",
     distill_ignored: bool = False,
     inplace: bool = False,
-    return_terms: bool = False,
+    return_terms: bool | str = False,
     backend: str | None = None,
     divergence: str | Mapping[str, float | Tensor] = "forward_kl",
     beta: float | Tensor = 0.5,
     skew: float | Tensor = 0.1,
     divergence_alpha: float = 0.5,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
     dkd_alpha: float = 1.0,
     dkd_beta: float = 8.0,
-) -> Tensor | KDTerms:
+    nkd_gamma: float = 1.5,
+    wsld_alpha: float = 2.25,
+    dist_beta: float = 1.0,
+    dist_gamma: float = 1.0,
+    teacher_temperature: float | None = None,
+    temperature_reduction: str = "mean",
+    scale_by_t2: bool = True,
+    standardize: bool = False,
+    taid: float | None = None,
+    agreement: float = 0.0,
+    entropy_gap: float = 0.0,
+    teacher_weights: Sequence[float] | None = None,
+    ensemble: str = "probs",
+    logit_softcap: float | None = None,
+    logit_scale: float | tuple[float, float] = 1.0,
+    logit_bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    z_loss: float = 0.0,
+    num_classes: int | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor | KDTerms | KDMetrics:
     """Knowledge-distillation loss ``alpha · T² · KL(p ‖ q) + (1 - alpha) · CE(r, y)`` in one pass.
 
     With student logits s and teacher logits t: p = softmax(t/T), q = softmax(s/T), r = softmax(s)
@@ -238,76 +247,96 @@ def kd_loss(
             environment variable ``KDKERNELS_CHECK_LABELS=1`` asks for the check.
         RuntimeError: the named backend cannot run here, and why.
     """
-    per_row: PerRow = {}
-    if not (isinstance(divergence, str) and isinstance(beta, float) and isinstance(skew, float)):
-        divergence, beta, skew, per_row = split_per_row(divergence, beta, skew)
-    options = check_options(
-        temperature,
-        alpha,
-        ignore_index,
-        label_smoothing,
-        reduction,
-        distill_ignored,
-        inplace,
-        return_terms,
-        backend,
-        divergence,
-        beta,
-        skew,
-        divergence_alpha,
-        teacher_temperature,
-        scale_by_t2,
-        dkd_alpha,
-        dkd_beta,
-    )
-    return checked_loss(
-        student_logits,
-        teacher_logits,
-        labels,
-        weight,
-        options,
-        inplace,
-        return_terms,
-        backend,
-        per_row,
-    )
+    given = dict(locals())
+    for name in ("student_logits", "teacher_logits", "labels", "weight", "sample_weight"):
+        del given[name]
+    prepared = prepare(given)
+    return checked_loss(student_logits, teacher_logits, labels, weight, sample_weight, prepared)
 
 
 def checked_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Any,
     labels: Tensor | None,
     weight: Tensor | None,
-    options: Options,
-    inplace: bool,
-    return_terms: bool,
-    backend: str | None,
-    per_row: PerRow,
-) -> Tensor | KDTerms:
+    sample_weight: Tensor | None,
+    prepared: Prepared,
+) -> Tensor | KDTerms | KDMetrics:
     """:func:`kd_loss` once its options have been checked."""
+    options, planned, features, tensors, inplace, return_terms, backend = prepared
     chosen: backends.Backend = backends.PLAIN_CPU
-    special = weight is not None or inplace or return_terms or bool(per_row)
-    special = special or backend not in (None, "cpu")
-    if special or not backends.PLAIN_CPU.serves(student, teacher, labels):
-        check_tensors(student, teacher, labels, weight, options)
-        check_per_row(per_row, options.divergence, student)
-        chosen = backends.select(
-            backend, student.device, student.dtype, teacher.dtype, options.unusual
-        )
+    special = weight is not None or inplace or bool(return_terms) or bool(tensors)
+    special = special or backend not in (None, "cpu") or sample_weight is not None
+    if special or planned or not backends.PLAIN_CPU.serves(student, teacher, labels):
+        if sample_weight is not None:
+            tensors = {**tensors, "sample_weight": sample_weight}
+        teacher = _form_of(teacher, student)
+        check_tensors(student, teacher, labels, weight, options, tensors)
+        tensors = _one_per_row(tensors, student)
+        chosen = _select(student, teacher, features, tensors, backend)
         if inplace:
-            check_inplace(student, teacher, labels, weight)
+            check_inplace(student, teacher, labels, weight, tensors)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if forward_ad._current_level >= 0:
         needs_grad = (
             True  # autograd refuses forward mode there; elsewhere the tangent would be lost
         )
+    want_terms = bool(return_terms)
+    kind = KDMetrics if options.metrics else KDTerms
     if needs_grad and (chosen.name != "reference" or inplace):
-        call = _Call(teacher, labels, weight, options, chosen, inplace, return_terms, per_row)
+        call = _Call(teacher, labels, weight, options, chosen, inplace, want_terms, tensors)
         result = _FusedKDLoss.apply(student, call)
-        if inplace:
-            _Overwritten.apply(student)
-        return KDTerms(*result) if return_terms else result
-    loss, soft, hard, *_ = chosen.run(
-        student, teacher, labels, weight, options, return_terms, False, False, per_row
-    )
-    return KDTerms(loss, soft, hard) if return_terms else loss  # type: ignore[arg-type]
+        result = kind(*result) if want_terms else result
+    else:
+        loss, soft, hard, _, _, metrics = chosen.run(
+            student, teacher, labels, weight, options, want_terms, False, False, tensors
+        )
+        result = kind(loss, soft, hard, *metrics) if want_terms else loss  # type: ignore[arg-type]
+    if options.intra_class > 0 and options.alpha > 0:
+        result = with_intra_class(result, student, teacher, labels, options, tensors)
+    if needs_grad and inplace:
+        _Overwritten.apply(student)
+    return result  # type: ignore[no-any-return]
+
+
+def _form_of(teacher: Any, student: Tensor) -> Any:
+    """Several teachers as a tuple of tensors: given as a list, or stacked as (K, ..., C)."""
+    if isinstance(teacher, (list, tuple)):
+        return tuple(teacher)
+    both = isinstance(teacher, Tensor) and isinstance(student, Tensor)
+    stacked = both and teacher.dim() == student.dim() + 1
+    stacked = stacked and len(teacher) > 0 and teacher.shape[1:-1] == student.shape[:-1]
+    return teacher.unbind(0) if stacked else teacher
+
+
+def _one_per_row(tensors: PerRow, student: Tensor) -> PerRow:
+    temperature = tensors.get("temperature")
+    if temperature is None or temperature.dim() > 0:
+        return tensors
+    return {**tensors, "temperature": temperature.expand(student.shape[:-1])}
+
+
+def _select(
+    student: Tensor,
+    teacher: Teacher,
+    features: frozenset[str],
+    tensors: PerRow,
+    backend: str | None,
+) -> backends.Backend:
+    """The backend for what is asked for in this call."""
+    if tensors or not isinstance(teacher, Tensor):
+        temperature = tensors.get("temperature")
+        asked = {
+            "a top-k teacher": isinstance(teacher, TopKTeacher),
+            "several teachers": isinstance(teacher, tuple),
+            "temperatures per row": temperature is not None,
+            "a temperature that requires grad": temperature is not None
+            and temperature.requires_grad,
+            "sample_weight": "sample_weight" in tensors,
+            "logit_bias": bool({"student_bias", "teacher_bias"} & tensors.keys()),
+        }
+        features |= {name for name, is_asked in asked.items() if is_asked}
+    dtypes = [t.dtype for t in logits_of(teacher)]
+    # Of several, one that no kernel reads decides.
+    teacher_dtype = next((d for d in dtypes if d not in DTYPE_CODES), dtypes[0])
+    return backends.select(backend, student.device, student.dtype, teacher_dtype, features)

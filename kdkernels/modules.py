@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdkernels.checks import Options, check_options, check_weight
-from kdkernels.divergences import PerRow, split_per_row
+from kdkernels.checks import check_weight
 from kdkernels.functional import checked_loss
-from kdkernels.reference import KDTerms
+from kdkernels.options import Prepared, prepare
+from kdkernels.reference import KDMetrics, KDTerms
+from kdkernels.teachers import TopKTeacher
 
 
 class FusedKDLoss(nn.Module):
@@ -57,7 +58,7 @@ class FusedKDLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 4.0,
+        temperature: float | Sequence[float] | Tensor | None = None,
         alpha: float = 0.9,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
@@ -65,89 +66,73 @@ class FusedKDLoss(nn.Module):
         reduction: str = "mean",
         distill_ignored: bool = False,
         inplace: bool = False,
-        return_terms: bool = False,
+        return_terms: bool | str = False,
         backend: str | None = None,
-        divergence: str | Mapping[str, float] = "forward_kl",
-        beta: float = 0.5,
-        skew: float = 0.1,
+        divergence: str | Mapping[str, float | Tensor] = "forward_kl",
+        beta: float | Tensor = 0.5,
+        skew: float | Tensor = 0.1,
         divergence_alpha: float = 0.5,
-        teacher_temperature: float | None = None,
-        scale_by_t2: bool = True,
         dkd_alpha: float = 1.0,
         dkd_beta: float = 8.0,
+        nkd_gamma: float = 1.5,
+        wsld_alpha: float = 2.25,
+        dist_beta: float = 1.0,
+        dist_gamma: float = 1.0,
+        teacher_temperature: float | None = None,
+        temperature_reduction: str = "mean",
+        scale_by_t2: bool = True,
+        standardize: bool = False,
+        taid: float | None = None,
+        agreement: float = 0.0,
+        entropy_gap: float = 0.0,
+        teacher_weights: Sequence[float] | None = None,
+        ensemble: str = "probs",
+        logit_softcap: float | None = None,
+        logit_scale: float | tuple[float, float] = 1.0,
+        logit_bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+        z_loss: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in _DEFAULTS}
         super().__init__()
         if weight is not None:
             check_weight(weight)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.distill_ignored = distill_ignored
-        self.inplace = inplace
-        self.return_terms = return_terms
-        self.backend = backend
-        self.divergence = divergence
-        self.beta = beta
-        self.skew = skew
-        self.divergence_alpha = divergence_alpha
-        self.teacher_temperature = teacher_temperature
-        self.scale_by_t2 = scale_by_t2
-        self.dkd_alpha = dkd_alpha
-        self.dkd_beta = dkd_beta
+        for name, value in given.items():
+            setattr(self, name, value)
         self.register_buffer("weight", weight)
-        self._check()
+        options = self._check().options
+        if temperature is None:
+            self.temperature = options.temperature
 
-    def _check(self) -> tuple[Options, PerRow]:
-        """The options as they are now, and those given per row."""
-        divergence, beta, skew, per_row = split_per_row(self.divergence, self.beta, self.skew)
-        options = check_options(
-            self.temperature,
-            self.alpha,
-            self.ignore_index,
-            self.label_smoothing,
-            self.reduction,
-            self.distill_ignored,
-            self.inplace,
-            self.return_terms,
-            self.backend,
-            divergence,
-            beta,
-            skew,
-            self.divergence_alpha,
-            self.teacher_temperature,
-            self.scale_by_t2,
-            self.dkd_alpha,
-            self.dkd_beta,
-        )
+    def _check(self) -> Prepared:
+        """The options as they are now."""
+        prepared = prepare({name: getattr(self, name) for name in _DEFAULTS})
         if not isinstance(self.divergence, Mapping):  # it could change without notice
-            self.__dict__["_checked"] = options, per_row
-        return options, per_row
+            self.__dict__["_checked"] = prepared
+        return prepared
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop("_checked", None)  # whatever it is, the next call looks at it
         super().__setattr__(name, value)
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
-    ) -> Tensor | KDTerms:
-        options, per_row = self.__dict__.get("_checked") or self._check()
-        return checked_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            self._buffers["weight"],  # where nn.Module would look for it last
-            options,
-            self.inplace,
-            self.return_terms,
-            self.backend,
-            per_row,
-        )
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | TopKTeacher | Sequence[Tensor],
+        labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor | KDTerms | KDMetrics:
+        prepared = self.__dict__.get("_checked") or self._check()
+        weight = self._buffers["weight"]  # where nn.Module would look for it last
+        return checked_loss(student_logits, teacher_logits, labels, weight, sample_weight, prepared)
 
     def extra_repr(self) -> str:
-        options = {name: value for name, value in vars(self).items() if name in _DEFAULTS}
-        shown = {k: v for k, v in options.items() if k in _ALWAYS_SHOWN or v != _DEFAULTS[k]}
+        options = {name: getattr(self, name) for name in _DEFAULTS}
+        shown = {
+            k: tuple(v.shape) if isinstance(v, Tensor) else v
+            for k, v in options.items()
+            if k in _ALWAYS_SHOWN or isinstance(v, Tensor) or v != _DEFAULTS[k]
+        }
         if self.weight is not None:
             shown["weight"] = tuple(self.weight.shape)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -20,7 +20,7 @@ from kdkernels.__main__ import main
 from kdkernels.backends import cpu
 
 DEFAULTS = {
-    "temperature": 4.0,
+    "temperature": None,
     "alpha": 0.9,
     "ignore_index": -100,
     "label_smoothing": 0.0,
@@ -34,10 +34,26 @@ DEFAULTS = {
     "beta": 0.5,
     "skew": 0.1,
     "divergence_alpha": 0.5,
-    "teacher_temperature": None,
-    "scale_by_t2": True,
     "dkd_alpha": 1.0,
     "dkd_beta": 8.0,
+    "nkd_gamma": 1.5,
+    "wsld_alpha": 2.25,
+    "dist_beta": 1.0,
+    "dist_gamma": 1.0,
+    "teacher_temperature": None,
+    "temperature_reduction": "mean",
+    "scale_by_t2": True,
+    "standardize": False,
+    "taid": None,
+    "agreement": 0.0,
+    "entropy_gap": 0.0,
+    "teacher_weights": None,
+    "ensemble": "probs",
+    "logit_softcap": None,
+    "logit_scale": 1.0,
+    "logit_bias": None,
+    "z_loss": 0.0,
+    "num_classes": None,
 }
 
 
@@ -82,7 +98,7 @@ def test_the_signature_of_kd_loss():
     assert list(positional) == ["student_logits", "teacher_logits", "labels"]
     assert positional["labels"] is None
     assert positional["student_logits"] is positional["teacher_logits"] is inspect.Parameter.empty
-    assert list(keywords.items()) == list(DEFAULTS.items())
+    assert list(keywords.items()) == [*DEFAULTS.items(), ("sample_weight", None)]
     assert len(parameters) == len(positional) + len(keywords)
 
 
@@ -90,15 +106,19 @@ def test_the_module_takes_the_options_of_the_function():
     parameters = inspect.signature(FusedKDLoss).parameters
     assert {name: p.default for name, p in parameters.items()} == DEFAULTS
     forward = inspect.signature(FusedKDLoss().forward).parameters
-    assert list(forward) == ["student_logits", "teacher_logits", "labels"]
+    assert list(forward) == ["student_logits", "teacher_logits", "labels", "sample_weight"]
     module = FusedKDLoss()
-    assert {name: getattr(module, name) for name in DEFAULTS} == DEFAULTS
+    expected = DEFAULTS | {"temperature": 4.0}
+    assert {name: getattr(module, name) for name in DEFAULTS} == expected
+    assert FusedKDLoss(divergence="nkd").temperature == 1.0
 
 
 def test_what_the_package_exports():
     assert set(kdkernels.__all__) == {
         "FusedKDLoss",
+        "KDMetrics",
         "KDTerms",
+        "TopKTeacher",
         "__version__",
         "empty_cache",
         "kd_loss",

@@ -12,6 +12,7 @@ import torch
 
 from kdkernels import FusedKDLoss, backends, kd_loss
 from kdkernels.backends import cpu
+from kdkernels.options import Options
 from kdkernels.reference import kd_terms
 
 N, C = 4, 5
@@ -73,9 +74,15 @@ OPTIONS = [
     # A tensor, even of one element, would make a GPU's host wait; True is 1 to Python.
     *(
         ({name: value}, TypeError, rf"{name} .*number .*, got {type(value).__name__}")
-        for name in ("temperature", "alpha", "label_smoothing")
+        for name in ("alpha", "label_smoothing")
         for value in ("1", None, True, False, torch.tensor(1.0), [1.0], 1j, np.ones(2))
     ),
+    *(
+        ({"temperature": value}, TypeError, r"temperature .*number .*, got")
+        for value in ("1", True, False, 1j, np.ones(2), [True], ["2"], [[2.0]], {2.0})
+    ),
+    ({"temperature": []}, ValueError, "temperature must name at least one"),
+    ({"temperature": (2.0, -1.0)}, ValueError, "temperature .*finite number > 0, got -1.0"),
     *(
         ({"reduction": value}, ValueError, f"reduction .*'mean', 'sum', 'none'.*got {shown}")
         for value, shown in [
@@ -97,7 +104,11 @@ OPTIONS = [
     ),
     *(
         ({name: value}, TypeError, f"{name} must be True or False, got {value!r}")
-        for name in ("distill_ignored", "inplace", "return_terms")
+        for name in ("distill_ignored", "inplace", "standardize", "scale_by_t2")
+        for value in ("no", 1, None)
+    ),
+    *(
+        ({"return_terms": value}, TypeError, f'True, False or "metrics", got {value!r}')
         for value in ("no", 1, None)
     ),
     *(
@@ -202,7 +213,7 @@ TENSORS = [
         ]
         for make, came in [
             (lambda x: x.numpy(), "ndarray"),
-            (lambda x: x.tolist(), "list"),
+            (lambda x: {"logits": x}, "dict"),
             (lambda x: 1.0, "float"),
         ]
     ),
@@ -461,8 +472,6 @@ def test_the_reference_never_indexes_with_a_label_out_of_range():
     """On a GPU no check may wait for the device, and a bad index would end the process: NaN."""
     s, t, y = inputs()
     y[1], y[2] = C, -1
-    options = {"temperature": 2.0, "alpha": 0.5, "ignore_index": -100, "label_smoothing": 0.0}
-    terms = kd_terms(
-        s, t, y, weight=torch.ones(C), reduction="none", distill_ignored=False, **options
-    )
+    options = Options(2.0, 0.5, -100, 0.0, "none", False)
+    terms = kd_terms(s, t, y, options, torch.ones(C))
     assert torch.isnan(terms.loss).tolist() == [False, True, True, False]

@@ -516,7 +516,7 @@ def test_in_place_the_gradient_takes_the_place_of_the_logits_and_of_nothing_else
     logits = x.view_as(x)
     with torch.no_grad():
         # Straight to the backend: autograd would refuse logits that are a view of a leaf.
-        from kdkernels.checks import Options
+        from kdkernels.options import Options
 
         options = Options(4.0, 0.9, -100, 0.0, "mean", False)
         backend = backends.BACKENDS["triton"]
@@ -716,7 +716,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from kdkernels.backends import triton as backend, triton_kernels
-from kdkernels.checks import Options
+from kdkernels.options import Options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

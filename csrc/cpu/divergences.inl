@@ -190,6 +190,13 @@ SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real
       return add_terms(TotalVariation(), block, t.weight, v, first);
     case kAlphaDivergence:
       return add_terms(AlphaDivergence(t.parameter, t.norm), block, t.weight, v, first);
+    case kCorrelation:
+      return add_terms(Correlation(t.parameter, t.norm, t.shift, t.inverse_sum), block, t.weight, v,
+                       first);
+    case kAgreement:
+      return add_terms(Agreement(t.norm, t.shift, t.inverse_sum), block, t.weight, v, first);
+    case kEntropyGap:
+      return add_terms(EntropyGap(t.norm, t.shift), block, t.weight, v, first);
     default:
       return add_terms(Renyi(t.parameter, t.norm, t.shift, t.inverse_sum), block, t.weight, v,
                        first);
@@ -219,6 +226,9 @@ inline Term term_of(const KdTerm& term, int64_t row) {
     case kRenyi:
       if (a == 1) t.kind = kForwardKL;
       if (a == 0) t.kind = kReverseKL;
+      break;
+    case kCorrelation:
+      t.weight *= a;
       break;
     default:
       break;
@@ -286,12 +296,15 @@ struct RowBetween {
   // What the powers need of the row. Renyi's v is to be divided by the sum of the powers: at once
   // where others are added to it, afterwards where it is alone.
   void prepare(Term& t, bool alone) const {
+    if (t.kind == kCorrelation) return prepare_correlation(t);
+    if (t.kind == kEntropyGap) return prepare_entropy_gap(t);
+    if (t.kind == kAgreement) return prepare_agreement(t);
     if (t.kind != kAlphaDivergence && t.kind != kRenyi) return;
     // exp(-a log Z_t - (1 - a) log Z_s), which exponent and distance leave out.
     const double a = t.parameter;
     t.norm = exp(-a * log(sums.teacher) - (1 - a) * log(sums.student));
     if (t.kind != kRenyi) return;
-    if (sizeof(Real) == 8) t.shift = largest_power(a);
+    if (sizeof(Real) == 8) t.shift = largest_power(a, 1);
     if (alone) return;
     double sum = 0;
     each_block([&](int64_t first, const BlockBetween<Real>& block) {
@@ -302,27 +315,84 @@ struct RowBetween {
 
   // The largest exponent of the powers. Distributions far apart have no other: in float32 their sum
   // is 0, which is not good enough, and then this is asked for.
-  double largest_power(double a) const {
+  double largest_power(double of_distance, double of_exponent) const {
     double largest = -INFINITY;
     each_block([&](int64_t, const BlockBetween<Real>& block) {
       for (int64_t i = 0; i < block.n; ++i) {
-        const double power = block.exponent[i] - a * block.distance[i];
+        const double power = of_exponent * block.exponent[i] - of_distance * block.distance[i];
         if (power > largest) largest = power;
       }
     });
     return largest;
   }
 
+  // Sums over all classes of fn(p, q, log p, log q), the logarithms but for a constant.
+  template <int N, typename Fn>
+  void sum(double (&sums)[N], Fn fn) const {
+    each_block([&](int64_t, const BlockBetween<Real>& block) {
+      for (int64_t i = 0; i < block.n; ++i) {
+        double values[N];
+        fn(values, (double)block.et[i] * block.to_p, (double)block.es[i] * block.to_q,
+           (double)block.exponent[i] - block.distance[i], (double)block.exponent[i]);
+        for (int k = 0; k < N; ++k) sums[k] += values[k];
+      }
+    });
+  }
+
+  void prepare_agreement(Term& t) const {
+    t.norm = 1 / (sums.teacher * sums.student);
+    if (sizeof(Real) == 8) t.shift = largest_power(1, 2);
+    double total = 0;
+    each_block([&](int64_t first, const BlockBetween<Real>& block) {
+      total += add_terms(t, block, scratch.v + first, true).value;
+    });
+    t.inverse_sum = 1 / total;
+  }
+
+  void prepare_entropy_gap(Term& t) const {
+    double of[2] = {};
+    sum(of, [](double* values, double of_p, double of_q, double log_p, double log_q) {
+      values[0] = of_p * log_p, values[1] = of_q * log_q;
+    });
+    const double teacher = log(sums.teacher) - of[0], student = log(sums.student) - of[1];
+    t.norm = teacher - student;
+    t.shift = 4 * (teacher + student + 1);
+  }
+
+  void prepare_correlation(Term& t) const {
+    const double mean = 1.0 / (double)p.classes;
+    double of[3] = {};
+    sum(of, [mean](double* values, double of_p, double of_q, double, double) {
+      const double a = of_p - mean, b = of_q - mean;
+      values[0] = a * a, values[1] = b * b, values[2] = a * b;
+    });
+    const bool constant = !(of[0] > 1e-24 && of[1] > 1e-24);
+    t.parameter = mean;
+    t.norm = constant ? 0 : 1 / sqrt(of[0]);
+    t.shift = constant ? 0 : 1 / sqrt(of[1]);
+    t.inverse_sum = 1 - of[2] * t.norm * t.shift;
+  }
+
   // A sum of powers is off by a rounding of 1, which these multiply.
   static double loss_off(const Term& t) {
     const double a = t.parameter;
     if (t.kind == kAlphaDivergence) return 1 / fabs(a * (a - 1));
+    if (t.kind == kAgreement) return 4;
+    if (t.kind == kCorrelation)  // of distributions that are nearly uniform little is left
+      return 4 + 4 * (sqrt(1 + a * t.norm * t.norm) + sqrt(1 + a * t.shift * t.shift));
+    if (t.kind == kEntropyGap) return 1 + 2 * fabs(t.norm) * t.shift;
     return t.kind == kRenyi && fabs(a - 1) < 1 ? 1 / fabs(a - 1) : 1;
   }
 
   double value_of_term(const Term& t, const SumsBetween<Real>& s) const {
     double value = s.value + s.constant * log(sums.teacher / sums.student);
     if (t.kind == kRenyi) value = (log(s.value) + t.shift) / (t.parameter - 1);
+    if (t.kind == kAgreement) value = -(log(s.value) + t.shift);
+    if (t.kind == kEntropyGap) value = t.norm * t.norm;
+    if (t.kind == kCorrelation && t.norm == 0) value = 1;  // of a constant row
+    // They have no class in common.
+    const bool logarithm = t.kind == kRenyi || t.kind == kAgreement;
+    if (logarithm && value == value && t.shift < -0x1p90) value = INFINITY;
     if (!(sums.student > 0) || !(sums.teacher > 0)) return NAN;  // no distribution
     if (value == value && is_infinite(t, sums.masked, sums.teacher_masked)) return INFINITY;
     return value < 0 ? 0 : value;  // rounding

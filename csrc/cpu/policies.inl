@@ -201,3 +201,51 @@ struct Renyi : OneByOne<Renyi> {
     return {w, v, V{}, absolute(v) * geometric_off(c, exponent, a)};
   }
 };
+
+// The chance that both draw the same class; its logarithm is the term.
+struct Agreement : OneByOne<Agreement> {
+  static constexpr bool kConstant = false;
+  double norm, shift, inverse_sum;
+  Agreement(double norm, double shift, double inverse_sum)
+      : norm(norm), shift(shift), inverse_sum(inverse_sum) {}
+  template <typename V>
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    const V both = c.exponent + c.exponent - c.distance;
+    const V w = exp2_any<Real>((both - (Real)shift) * (Real)kLog2E) * (Real)norm;
+    const V v = w * (Real)-inverse_sum;
+    return {w, v, V{}, absolute(v) * (2 * absolute(c.exponent) + 2 * absolute(c.distance) + 6)};
+  }
+};
+
+// The squared difference of the entropies; `off`: the roundings of that difference.
+struct EntropyGap : OneByOne<EntropyGap> {
+  static constexpr bool kConstant = false;
+  double gap, off;
+  EntropyGap(double gap, double off) : gap(gap), off(off) {}
+  template <typename V>
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    const V twice = 2 * c.q * c.exponent;
+    const V v = twice * (Real)gap;
+    return {V{}, v, V{}, absolute(twice) * (Real)off + absolute(v) * (absolute(c.exponent) + 4)};
+  }
+};
+
+// 1 - the correlation of p and q, as half the squared distance of their directions.
+struct Correlation : OneByOne<Correlation> {
+  static constexpr bool kConstant = false;
+  double mean, p_norm, q_norm, distance;  // 1 / classes, 1 / lengths, the value
+  Correlation(double mean, double p_norm, double q_norm, double distance)
+      : mean(mean), p_norm(p_norm), q_norm(q_norm), distance(distance) {}
+  template <typename V>
+  KD_INLINE Terms<V> of(const Classes<V>& c) const {
+    typedef decltype(c.p[0] + 0) Real;
+    const V a = (c.p - (Real)mean) * (Real)p_norm, b = (c.q - (Real)mean) * (Real)q_norm;
+    const V apart = b - a, scale = c.q * (Real)q_norm;
+    const V rounding = c.p * (Real)p_norm + c.q * (Real)q_norm + absolute(a) + absolute(b);
+    const V v = scale * (apart - b * (Real)distance);
+    return {apart * apart * (Real)0.5, v, V{},
+            scale * rounding * (4 + absolute(c.exponent) + absolute(c.distance))};
+  }
+};

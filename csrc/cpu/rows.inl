@@ -38,6 +38,14 @@ namespace {
 
 #include "jobs.inl"
 
+#include "effective.inl"
+
+#include "describe.inl"
+
+#include "top_k.inl"
+
+#include "passes.inl"
+
 #include "groups.inl"
 
 #include "narrow.inl"
@@ -66,7 +74,12 @@ extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* s
   Group groups[2] = {};  // without the cross entropy and with it
   for (int64_t i = begin; i < end; ++i) {
     p.soft[i] = p.hard[i] = 0;
-    if (p.soft_active(i)) {
+    if (p.plan) p.plan->added[i] = 0;
+    if (p.soft_active(i) && p.row_weight(i) != 0) {
+      if (p.plan) {
+        visit_plan(p, i, scratch);
+        continue;
+      }
       if (size == 1) {
         visit_alone(p, i, scratch);
         continue;

@@ -53,21 +53,22 @@ constexpr int64_t kPieceWork = 32768;
 
 struct Counts {
   int64_t bad_label_row = -1;
-  int64_t soft = 0;  // rows of the soft term
-  double hard = 0;   // class weights of the rows of the cross entropy
+  double soft = 0;  // rows of the soft term, or the weights that they are given
+  double hard = 0;  // the same of the cross entropy, times class weights
 };
 
 Counts count(const KdProblem& p) {
   Counts c;
   for (int64_t i = 0; i < p.rows; ++i) {
-    c.soft += p.soft_active(i);
+    const double row_weight = p.row_weight(i);
+    if (p.soft_active(i)) c.soft += row_weight;
     if (!p.hard_active(i)) continue;
     const int64_t label = p.label(i);
     if (label < 0 || label >= p.classes) {
       c.bad_label_row = i;
       return c;
     }
-    c.hard += p.weight ? p.weight[label] : 1.0;
+    c.hard += row_weight * (p.weight ? p.weight[label] : 1.0);
   }
   return c;
 }
@@ -79,20 +80,42 @@ double max_weight(const KdProblem& p) {
 // At most the largest entry of a row's gradient, where 1 is forward KL's. Of the others q log(q /
 // p) is a quarter of the range of log(q / p), which logits of any use do not make 256; powers
 // outside [0, 1] have no bound, and get what room there is.
-double largest_factor(const KdProblem& p) {
-  if (!p.general) return 1;
+double largest_factor(const KdTerm* terms, int count, int64_t rows) {
   double total = 0;
-  for (int k = 0; k < p.terms; ++k) {
-    const KdTerm& t = p.term[k];
+  for (int k = 0; k < count; ++k) {
+    const KdTerm& t = terms[k];
     double largest = std::fabs(t.weight);
     if (t.row_weight)
-      for (int64_t i = 0; i < p.rows; ++i) largest = std::max(largest, std::fabs(t.row_weight[i]));
+      for (int64_t i = 0; i < rows; ++i) largest = std::max(largest, std::fabs(t.row_weight[i]));
     const bool powers = t.kind == kAlphaDivergence || t.kind == kRenyi;
     const bool simple = t.kind == kForwardKL || t.kind == kTotalVariation;
     const bool unbounded = powers && (t.parameter < 0 || t.parameter > 1);
     double factor = unbounded ? 1024 : simple ? 1 : 16;
     if (t.kind == kDecoupled) factor = std::fabs(t.parameter) + std::fabs(t.second);
+    if (t.kind == kNormalized || t.kind == kWeightedSoft || t.kind == kCorrelation)
+      factor = 1 + 4 * std::fabs(t.parameter);
     total += factor * largest;
+  }
+  return total;
+}
+
+double largest_of(const double* values, int64_t n, double otherwise) {
+  return values && n ? *std::max_element(values, values + n) : otherwise;
+}
+
+// The same of all passes of a row, T^2 / T included; and of its weight. A standardised row is
+// divided by its deviation, which may be small: there is room for 1/64.
+double largest_gradient(const KdProblem& p) {
+  if (!p.plan) return p.general ? largest_factor(p.term, p.terms, p.rows) : 1;
+  const KdPlan& plan = *p.plan;
+  double total = 0;
+  for (int k = 0; k < plan.passes; ++k) {
+    const KdPass& pass = plan.pass[k];
+    const double t =
+        largest_of(pass.added ? nullptr : plan.row_temperature, p.rows, pass.temperature);
+    const double factor = pass.added ? 1 : p.alpha * (plan.scale_by_t2 ? std::max(t, 1.0) : 1);
+    total += factor * pass.weight * largest_factor(pass.term, pass.terms, p.rows) *
+             (plan.standardize ? 64 : 1);
   }
   return total;
 }
@@ -162,7 +185,7 @@ void work(void* argument) {
 void visit_rows(const KdProblem& p, int threads) {
   Job job;
   job.problem = &p;
-  job.scratch_bytes = kd_scratch_size(p) * 8;
+  job.scratch_bytes = (kd_scratch_size(p) + kd_plan_size(p)) * 8;
   const int64_t total = p.rows * p.classes;
   if (threads > 1 && p.rows > 1 && total >= kParallelWork && kd_can_parallel()) {
     const int64_t share = (p.rows + threads - 1) / threads;
@@ -190,22 +213,31 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   if (counts.bad_label_row >= 0) return {counts.bad_label_row, 1};
 
   const bool mean = out.reduction == kMean;
-  const double soft_rows = mean && counts.soft ? static_cast<double>(counts.soft) : 1;
+  const double soft_rows = mean && counts.soft != 0 ? counts.soft : 1;
   const double hard_rows = mean && counts.hard != 0 ? counts.hard : 1;
   p.scales.weight_sum = p.weight ? sum(p.weight, p.classes) : static_cast<double>(p.classes);
   p.scales.soft_scale = p.alpha * p.soft_factor / p.temperature / soft_rows;
   p.scales.hard_scale = (1 - p.alpha) / hard_rows;
-  const double grad_scale = p.grad && p.student_dtype == kFloat16
-                                ? float16_scale(p.scales.soft_scale * largest_factor(p),
-                                                p.scales.hard_scale, max_weight(p))
-                                : 1;
+  const double own = p.plan ? largest_of(p.plan->sample_weight, p.rows, 1) : 1;
+  const double scaled = p.plan ? std::max(p.plan->student_scale, 1.0) * own : 1;
+  const double of_soft = p.plan ? 1 / soft_rows : p.scales.soft_scale;
+  const double grad_scale =
+      p.grad && p.student_dtype == kFloat16
+          ? float16_scale(of_soft * largest_gradient(p) * scaled,
+                          p.scales.hard_scale * scaled * (1 + 64 * p.z_loss), max_weight(p))
+          : 1;
   p.scales.soft_scale *= grad_scale;
   p.scales.hard_scale *= grad_scale;
   p.in_double = p.student_dtype == kFloat64 || p.teacher_dtype == kFloat64;
   p.stream = p.grad && p.grad != p.student && gradient_bytes(p) >= kStreamBytes;
-  std::vector<double> terms(static_cast<size_t>(2 * p.rows));
+  std::vector<double> terms(static_cast<size_t>((p.plan ? 3 : 2) * p.rows));
   p.soft = terms.data();
   p.hard = terms.data() + p.rows;
+  if (p.plan) {
+    p.plan->added = terms.data() + 2 * p.rows;
+    p.plan->soft_scale = p.alpha / soft_rows * grad_scale;
+    p.plan->added_scale = grad_scale / soft_rows;
+  }
 
   ask_for_huge_pages(p);
   visit_rows(p, threads);
@@ -215,7 +247,9 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
     const bool rows = out.reduction == kNone;
     const double soft = rows ? p.soft[i] : sum(p.soft, p.rows) / soft_rows;
     const double hard = rows ? p.hard[i] : sum(p.hard, p.rows) / hard_rows;
-    put(out.loss, out.in_float64, i, blend(p.alpha, soft, hard));
+    double loss = blend(p.alpha, soft, hard);
+    if (p.plan) loss += rows ? p.plan->added[i] : sum(p.plan->added, p.rows) / soft_rows;
+    put(out.loss, out.in_float64, i, loss);
     put(out.soft, out.in_float64, i, soft);
     put(out.hard, out.in_float64, i, hard);
   }

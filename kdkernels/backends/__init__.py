@@ -31,29 +31,29 @@ def select(
     device: torch.device,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
-    unusual: str | None = None,
+    features: frozenset[str] = frozenset(),
 ) -> Backend:
     """The named backend, or the best one, for logits of this device and these dtypes.
 
-    ``unusual``: what is asked for that only some backends have (``Options.unusual``).
+    ``features``: what is asked for that only some backends have (``Options.features``).
 
     Raises:
         RuntimeError: the named backend cannot run, with the reason.
     """
     if name is not None:
-        reason = _why_not(BACKENDS[name], device, student_dtype, teacher_dtype, unusual)
+        reason = _why_not(BACKENDS[name], device, student_dtype, teacher_dtype, features)
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return BACKENDS[name]
     reasons: list[str] = []  # of the backends that were made for this device
     for backend in BACKENDS.values():
-        reason = _why_not(backend, device, student_dtype, teacher_dtype, unusual)
+        reason = _why_not(backend, device, student_dtype, teacher_dtype, features)
         if reason is None:
             if reasons and backend.name == "reference":  # select is cached: the warning comes once
                 warnings.warn(
                     f"kdkernels uses the slower reference: {'; '.join(reasons)}",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return backend
         if device.type in backend.device_types:
@@ -66,11 +66,11 @@ def _why_not(
     device: torch.device,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
-    unusual: str | None,
+    features: frozenset[str],
 ) -> str | None:
     reason = backend.why_not(device, student_dtype, teacher_dtype)
-    if reason is None and unusual is not None and not backend.divergences:
-        return f"it has no kernel yet for {unusual}"
+    if reason is None and backend.features is not None and features - backend.features:
+        return f"it has no kernel yet for {', '.join(sorted(features - backend.features))}"
     return reason
 
 

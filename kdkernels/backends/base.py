@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdkernels.checks import Options
     from kdkernels.divergences import PerRow
+    from kdkernels.options import Options
+    from kdkernels.teachers import Teacher
 
 
 class Result(NamedTuple):
@@ -26,6 +27,7 @@ class Result(NamedTuple):
     hard: Tensor | None
     grad: Tensor | None
     grad_scale: float | Tensor = 1.0
+    metrics: tuple[Tensor, ...] = ()  # of KDMetrics, where ``Options.metrics`` asks for them
 
 
 def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
@@ -61,7 +63,8 @@ class Backend(Protocol):
 
     name: str
     device_types: tuple[str, ...]  # it was made for; the reference serves any
-    divergences: bool  # it has more than the forward KL at one temperature times T²
+    # What it has of ``Options.features`` and of the forms of the tensors; None: all.
+    features: frozenset[str] | None
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""
@@ -77,14 +80,14 @@ class Backend(Protocol):
     def run(
         self,
         student: Tensor,  # [..., C]
-        teacher: Tensor,  # [..., C]
+        teacher: Teacher,  # [..., C]
         labels: Tensor | None,  # [...]
         weight: Tensor | None,  # [C]
         options: Options,
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
-        per_row: PerRow,  # [...]
+        tensors: PerRow,  # [...], or [C] of a bias
     ) -> Result:
         """Loss, and on request its terms and the gradient (``inplace``: over ``student``)."""
 

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.backends.native import DTYPE_CODES, REDUCTION_CODES, address, laid_out, why_not_built
+from kdkernels.backends.plan import plan_of
 from kdkernels.divergences import DIVERGENCES, FORWARD_KL, Term, of_term
 from kdkernels.reference import accumulation_dtype
+from kdkernels.teachers import TopKTeacher, logits_of
 
 if TYPE_CHECKING:
-    from kdkernels.checks import Options
     from kdkernels.divergences import PerRow
+    from kdkernels.options import Options
+    from kdkernels.teachers import Teacher
 
 try:
     # After torch, whose libgomp the kernel then finds and shares.
@@ -58,7 +61,7 @@ def _new_gradient(student: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _native(options: Options) -> _cpu.Options:
     plain = options.divergence == FORWARD_KL and options.teacher_temperature is None
-    mixture = [] if plain else options.divergence
+    mixture = [] if plain or options.special else options.divergence
     return _cpu.Options(
         options.temperature,
         options.alpha,
@@ -72,10 +75,18 @@ def _native(options: Options) -> _cpu.Options:
     )
 
 
-def _of_rows(term: Term, per_row: PerRow) -> list[Tensor | None]:
+def _wide(values: Tensor | None) -> Tensor | None:
+    """Numbers as native code reads them: contiguous float64."""
+    return None if values is None else values.to(torch.float64).resolve_neg().contiguous()
+
+
+def _pointer(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
+
+
+def _of_rows(term: Term, tensors: PerRow) -> list[Tensor | None]:
     """What native code reads of a term per row."""
-    wide = [None if t is None else t.to(torch.float64) for t in of_term(term, per_row)]
-    return [None if t is None else t.resolve_neg().contiguous() for t in wide]
+    return [_wide(values) for values in of_term(term, tensors)]
 
 
 def empty_cache() -> int:
@@ -94,7 +105,7 @@ def empty_cache() -> int:
 class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
-    divergences = True
+    features: frozenset[str] | None = None  # but for why_not's
 
     def unavailable(self) -> str | None:
         return None if _cpu is not None else why_not_built("cpu", _import_error)
@@ -125,32 +136,37 @@ class CPUBackend:
     def run(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Tensor | None,
         weight: Tensor | None,
         options: Options,
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
-        per_row: PerRow,
+        tensors: PerRow,
     ) -> Result:
-        classes = student.shape[-1]
+        classes = options.num_classes or student.shape[-1]
         source, student_rows = laid_out(student)
-        teacher, teacher_rows = laid_out(teacher)
+        # Of several teachers the widest: it decides whether all is computed in double.
+        widest = max(logits_of(teacher), key=lambda t: t.element_size())
+        is_top_k = isinstance(teacher, TopKTeacher)
+        first, teacher_rows = (source, student_rows) if is_top_k else laid_out(widest)
         if labels is not None:
             if labels.dtype not in (torch.int64, torch.int32):
                 labels = labels.long()
             if labels.is_neg() or not labels.is_contiguous():
                 labels = labels.resolve_neg().contiguous()
-        if weight is not None:
-            weight = weight.to(torch.float64).resolve_neg().contiguous()
+        weight = _wide(weight)
         grad, grad_rows = None, student_rows
         if want_grad and inplace:
             grad = source.detach()
         elif want_grad:
             grad = _new_gradient(student)
-            grad_rows = (1, classes, 0)
-        of_rows = [_of_rows(term, per_row) for term in options.divergence] if per_row else []
+            grad_rows = (1, student.shape[-1], 0)
+        if grad is not None and classes < student.shape[-1]:
+            grad[..., classes:] = 0  # which are no part of the loss
+        plan = plan_of(student, teacher, options, tensors)
+        of_rows = [_of_rows(term, tensors) for term in options.divergence] if tensors else []
         shape = student.shape[:-1] if options.reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)
         loss = student.new_empty(shape, dtype=loss_dtype)
@@ -159,7 +175,7 @@ class CPUBackend:
         grad_scale = _cpu.run(
             _native(options),
             address("student_logits", source),
-            address("teacher_logits", teacher),
+            address("teacher_logits", first),
             0 if labels is None else address("labels", labels),
             0 if weight is None else address("weight", weight),
             0 if grad is None else grad.data_ptr(),
@@ -169,17 +185,20 @@ class CPUBackend:
             student_rows,
             teacher_rows,
             grad_rows,
-            student.numel() // classes,
+            student.shape[:-1].numel(),
             classes,
             DTYPE_CODES[student.dtype],
-            DTYPE_CODES[teacher.dtype],
+            DTYPE_CODES[first.dtype],
             labels is not None and labels.dtype == torch.int64,
             torch.get_num_threads(),
-            [tuple(0 if t is None else t.data_ptr() for t in pair) for pair in of_rows],
+            [tuple(map(_pointer, pair)) for pair in of_rows],
+            None if plan is None else plan.native,
+            options.z_loss,
         )
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
-        return Result(loss, soft, hard, grad, grad_scale)
+        metrics = () if plan is None else plan.reduced(student, labels, options, tensors)
+        return Result(loss, soft, hard, grad, grad_scale, metrics)
 
 
 class PlainCPUBackend(CPUBackend):
@@ -197,17 +216,18 @@ class PlainCPUBackend(CPUBackend):
     def run(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Tensor | None,
         weight: Tensor | None,
         options: Options,
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
-        per_row: PerRow,
+        tensors: PerRow,
     ) -> Result:
-        """As :class:`Backend`'s, without weight, want_terms, inplace and per_row."""
-        assert labels is not None  # or it were not plain
+        """As :class:`Backend`'s, without weight, want_terms, inplace and tensors."""
+        assert isinstance(teacher, Tensor)  # or it were not plain
+        assert labels is not None
         grad = _new_gradient(student) if want_grad else None
         if options.reduction == "none":
             loss = student.new_empty(student.shape[:-1], dtype=accumulation_dtype(student.dtype))

@@ -20,8 +20,9 @@ from kdkernels.backends.reference import check_labels
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
-    from kdkernels.checks import Options
     from kdkernels.divergences import PerRow
+    from kdkernels.options import Options
+    from kdkernels.teachers import Teacher
 
 _cuda: Any
 try:
@@ -34,7 +35,7 @@ except ImportError as error:
 class CUDABackend:
     name = "cuda"
     device_types: tuple[str, ...] = ("cuda",)
-    divergences = False
+    features: frozenset[str] | None = frozenset()
     module: Any = _cuda
 
     def unavailable(self) -> str | None:
@@ -80,15 +81,16 @@ class CUDABackend:
     def run(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Tensor | None,
         weight: Tensor | None,
         options: Options,
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
-        per_row: PerRow,
+        tensors: PerRow,
     ) -> Result:
+        assert isinstance(teacher, Tensor)  # it has no features of other forms
         temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored, *_ = options
         classes = student.shape[-1]
         source, student_rows = laid_out(student)

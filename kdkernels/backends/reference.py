@@ -12,14 +12,15 @@ from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.reference import accumulation_dtype, kd_terms
 
 if TYPE_CHECKING:
-    from kdkernels.checks import Options
     from kdkernels.divergences import PerRow
+    from kdkernels.options import Options
+    from kdkernels.teachers import Teacher
 
 
 class ReferenceBackend:
     name = "reference"
     device_types: tuple[str, ...] = ()
-    divergences = True
+    features: frozenset[str] | None = None
 
     def unavailable(self) -> str | None:
         return None
@@ -37,30 +38,27 @@ class ReferenceBackend:
     def run(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Tensor | None,
         weight: Tensor | None,
         options: Options,
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
-        per_row: PerRow,
+        tensors: PerRow,
     ) -> Result:
         """Differentiable as it stands; ``want_grad`` is asked for with ``inplace`` only."""
         check = student.device.type == "cpu" or os.environ.get("KDKERNELS_CHECK_LABELS") == "1"
         if labels is not None and check:
-            check_labels(labels, student.shape[-1], options.ignore_index)
+            classes = options.num_classes or student.shape[-1]
+            check_labels(labels, classes, options.ignore_index)
         if not want_grad:
-            terms = kd_terms(
-                student, teacher, labels, weight=weight, per_row=per_row, **options._asdict()
-            )
-            return Result(terms.loss, terms.soft, terms.hard, None)
+            terms = kd_terms(student, teacher, labels, options, weight, tensors)
+            return Result(terms.loss, terms.soft, terms.hard, None, 1.0, terms[3:])
         with torch.enable_grad():
             leaf = student.detach().to(accumulation_dtype(student.dtype), copy=True)
             leaf.requires_grad_()
-            terms = kd_terms(
-                leaf, teacher, labels, weight=weight, per_row=per_row, **options._asdict()
-            )
+            terms = kd_terms(leaf, teacher, labels, options, weight, tensors)
             (grad,) = torch.autograd.grad(terms.loss.sum(), leaf)
         grad_scale: float | Tensor = 1.0
         if student.dtype == torch.float16 and grad.numel():
@@ -71,7 +69,7 @@ class ReferenceBackend:
         target = student.detach()
         target.copy_(grad)
         loss = terms.loss.detach().to(accumulation_dtype(student.dtype))
-        return Result(loss, terms.soft, terms.hard, target, grad_scale)
+        return Result(loss, terms.soft, terms.hard, target, grad_scale, terms[3:])
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:

@@ -24,8 +24,9 @@ from kdkernels.backends.reference import check_labels
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
-    from kdkernels.checks import Options
     from kdkernels.divergences import PerRow
+    from kdkernels.options import Options
+    from kdkernels.teachers import Teacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE_TYPES = ("cuda", "xpu")  # AMD's are "cuda" to torch
@@ -181,7 +182,7 @@ def _single(value: float) -> float:
 class TritonBackend:
     name = "triton"
     device_types: tuple[str, ...] = DEVICE_TYPES
-    divergences = False
+    features: frozenset[str] | None = frozenset()
 
     def unavailable(self) -> str | None:
         return _why_no_device()
@@ -215,15 +216,16 @@ class TritonBackend:
     def run(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Tensor | None,
         weight: Tensor | None,
         options: Options,
         want_terms: bool,
         want_grad: bool,
         inplace: bool,
-        per_row: PerRow,
+        tensors: PerRow,
     ) -> Result:
+        assert isinstance(teacher, Tensor)  # it has no features of other forms
         if labels is not None and os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
             check_labels(labels, student.shape[-1], options.ignore_index)
         shape = student.shape[:-1] if options.reduction == "none" else ()

@@ -1,0 +1,178 @@
+// A teacher of which only k classes of a row are known. The student's softmax runs over all
+// classes; those that the teacher says nothing of are one class as far as a divergence goes: all of
+// them have the same df/dq. So the sweeps are over the student alone, the k entries are computed
+// one by one in double, and no row of the teacher is ever made. Included inside an anonymous
+// namespace, after jobs.inl.
+
+struct KnownClass {
+  int64_t index;
+  double logit;  // the student's
+  double log_p, log_q;
+  double v;  // q df/dq
+};
+
+struct Compared {
+  double value, v;
+};
+
+// f(p, q) and q df/dq of one class. Both are of degree 1 in (p, q), so that a class of the
+// student's mass alone, however many it stands for, is compared like any other.
+inline Compared compare_class(const Term& t, double log_p, double log_q) {
+  const double p = exp(log_p), q = exp(log_q), a = t.parameter;
+  const bool no_p = log_p == -INFINITY, no_q = log_q == -INFINITY;
+  if (no_p && no_q) return {0, 0};
+  const double distance = log_q - log_p;
+  // log(p / m) and log(q / m) of the mixture m = w p + (1 - w) q.
+  const auto mixed = [&](double w) {
+    const double larger = log_p > log_q ? log_p : log_q;
+    return larger + log(w * exp(log_p - larger) + (1 - w) * exp(log_q - larger));
+  };
+  switch (t.kind) {
+    case kForwardKL:
+      return {no_p ? 0 : no_q ? INFINITY : -p * distance, -p};
+    case kReverseKL:
+      return {no_q ? 0 : no_p ? INFINITY : q * distance, no_q ? 0 : q * (distance + 1)};
+    case kJensenShannon: {
+      const double m = mixed(a), of_p = no_p ? 0 : p * (log_p - m), of_q = no_q ? 0 : log_q - m;
+      return {a * of_p + (1 - a) * q * of_q, (1 - a) * q * of_q};
+    }
+    case kSkewForwardKL: {
+      const double m = mixed(a);
+      return {no_p ? 0 : p * (log_p - m), -(1 - a) * exp(log_p + log_q - m)};
+    }
+    case kSkewReverseKL: {
+      const double m = mixed(1 - a), of_q = no_q ? 0 : log_q - m;
+      return {q * of_q, q * (of_q + 1 - a * exp(log_q - m))};
+    }
+    case kTotalVariation:
+      return {fabs(p - q) / 2, q > p ? q / 2 : q < p ? -q / 2 : 0};
+    case kAgreement: {
+      const double both = exp(log_p + log_q);
+      return {both, -both};
+    }
+    default: {  // p^a q^(1 - a), for the two that are made of its sum
+      double power = no_p ? (a > 0 ? 0 : INFINITY) : no_q ? (a < 1 ? 0 : INFINITY) : 0;
+      if (!no_p && !no_q) power = exp(a * log_p + (1 - a) * log_q);
+      return {power, power};
+    }
+  }
+}
+
+template <typename Real>
+struct KnownRow {
+  const KdProblem& p;   // of this row alone
+  KnownClass* classes;  // [count]
+  int64_t count;
+  KdTail tail;
+  Real* row;  // the student's logits; then the others' exponentials; then the gradient
+
+  double max, sum;  // of the others
+  double log_sum;   // of all
+  double rest;      // df/dq of the others
+  double mean;      // sum of v
+  double value;
+
+  // The others' exponentials in the place of their logits, and their sum.
+  void sweep() {
+    typedef Vec<Real> V;
+    constexpr int L = Lanes<Real>::kCount;
+    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = NAN;  // compares neither way
+    const Real highest = survey((const Real*)row, p.classes, row).high;
+    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = -INFINITY;
+    const Exponent<Real> exponent(kLog2E / p.temperature);
+    const V top = splat(reference_of(highest)), lowest = splat(lowest_number(Real()));
+    WideSum<Real> total;
+    int64_t i = 0;
+    for (; i + 2 * L <= p.classes; i += 2 * L) {
+      V e[2] = {at_least(load(row + i) - top, lowest), at_least(load(row + i + L) - top, lowest)};
+      exp2_scaled<Real>(e, exponent);
+      store(row + i, e[0]), store(row + i + L, e[1]);
+      total.add(e[0] + e[1]);
+    }
+    for (; i < p.classes; i += L) {
+      const int64_t left = p.classes - i < L ? p.classes - i : L;
+      const Real none = -INFINITY;
+      const V x = load_part(row + i, left, none);
+      const V e = exp2_scaled<Real>(at_least(x - top, lowest), exponent);
+      store_part(row + i, left, e);
+      total.add(keep_part(e, left));
+    }
+    sum = total.total(), max = reference_of(highest) / p.temperature;
+  }
+
+  // log of the sum over all classes.
+  double log_total() const {
+    if (sum != sum) return NAN;
+    const double of_others = max + log(sum);
+    double largest = of_others, total = 0;
+    for (int64_t k = 0; k < count; ++k)
+      if (!(classes[k].logit / p.temperature <= largest))
+        largest = classes[k].logit / p.temperature;
+    for (int64_t k = 0; k < count; ++k) total += exp(classes[k].logit / p.temperature - largest);
+    return largest + log(total + exp(of_others - largest));
+  }
+
+  // The soft term, and each known class's v.
+  void compare() {
+    log_sum = log_total();
+    double known = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      classes[k].log_q = classes[k].logit / p.temperature - log_sum, classes[k].v = 0;
+      known += exp(classes[k].log_p);
+    }
+    const double log_rest = max + log(sum) - log_sum;
+    const bool any = tail == kBucket && known < 1 && count < p.classes;
+    const double log_tail = any ? log1p(-known) : -INFINITY;
+    value = mean = rest = 0;
+    for (int k = 0; k < p.terms; ++k) add(term_of(p.term[k], 0), log_tail, log_rest);
+    // Of one class: v is that of all of them.
+    rest = sum > 0 ? rest / exp(log_rest) : sum;
+  }
+
+  void add(const Term& t, double log_tail, double log_rest) {
+    if (t.weight == 0) return;
+    const Compared others = tail == kZero ? Compared{0, 0} : compare_class(t, log_tail, log_rest);
+    double total = others.value;
+    for (int64_t k = 0; k < count; ++k)
+      total += compare_class(t, classes[k].log_p, classes[k].log_q).value;
+    double of_term = total, factor = t.weight;
+    const double a = t.parameter;
+    if (t.kind == kAlphaDivergence) of_term = (total - 1) / (a * (a - 1)), factor *= -1 / a;
+    if (t.kind == kRenyi) of_term = log(total) / (a - 1), factor *= -1 / total;
+    if (t.kind == kAgreement) of_term = -log(total), factor *= 1 / total;
+    if (tail != kZero && of_term < 0) of_term = 0;  // rounding
+    value += t.weight * of_term;
+    for (int64_t k = 0; k < count; ++k) {
+      const double v = factor * compare_class(t, classes[k].log_p, classes[k].log_q).v;
+      classes[k].v += v, mean += v;
+    }
+    rest += factor * others.v, mean += factor * others.v;
+  }
+
+  // The gradient in the place of the exponentials. float32 is enough: nothing cancels among the
+  // others, and the known classes are in double.
+  void write(double scale) {
+    typedef Vec<Real> V;
+    constexpr int L = Lanes<Real>::kCount;
+    double below = 0;  // df/dq of the others less the mean, of which it may be nearly all
+    for (int64_t k = 0; k < count; ++k) below += exp(classes[k].log_q) * rest - classes[k].v;
+    const V factor = splat((Real)(scale * below * exp(max - log_sum)));
+    for (int64_t i = 0; i < p.classes; i += L) {
+      const int64_t left = p.classes - i < L ? p.classes - i : L;
+      const Real none = 0;
+      store_part(row + i, left, factor * load_part(row + i, left, none));
+    }
+    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = (Real)(scale * gradient_of(k));
+  }
+
+  double gradient_of(int64_t k) const {
+    const double q = exp(classes[k].log_q), v = classes[k].v;
+    if (!(q > 0.5)) return v - q * mean;
+    // Nearly all there is: both are summed over all other classes instead.
+    const double of_rest = sum > 0 ? exp(max + log(sum) - log_sum) : 0;
+    double others = of_rest, others_v = rest * of_rest;
+    for (int64_t j = 0; j < count; ++j)
+      if (j != k) others += exp(classes[j].log_q), others_v += classes[j].v;
+    return v * others - q * others_v;
+  }
+};
