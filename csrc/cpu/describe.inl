@@ -3,42 +3,55 @@
 
 template <typename Real>
 struct Description {
-  int64_t largest;  // the first of them
-  double max;       // of all but the hole
-  double sum;       // of e^((v - max) / T)
-  double moment;    // of e^((v - max) / T) (v - max) / T
+  double max;     // of all but the hole
+  double sum;     // of e^((v - max) / T)
+  double moment;  // of e^((v - max) / T) (v - max) / T
 
   // -sum p log p.
   double entropy() const { return log(sum) - moment / sum; }
 };
 
+// The first class with this logit.
+template <typename Real>
+int64_t first_at(const Real* row, int64_t n, Real value) {
+  int64_t found = n;
+  for (int64_t first = 0; first < n && found == n; first += kBlock) {
+    const int64_t size = n - first < kBlock ? n - first : kBlock;
+    bool here = false;
+    for (int64_t i = first; i < first + size; ++i) here |= row[i] == value;
+    for (int64_t i = first; here && i < first + size; ++i)
+      if (row[i] == value) {
+        found = i;
+        break;
+      }
+  }
+  return found == n ? 0 : found;
+}
+
 // Of a contiguous row; `hole`: a class that is left out, or -1.
 template <typename Real>
 Description<Real> describe(const Real* row, int64_t n, double temperature, int64_t hole) {
   typedef Vec<Real> V;
-  constexpr int L = Lanes<Real>::kCount;
-  Description<Real> d = {0, -INFINITY, 0, 0};
-  Real max = -INFINITY;
-  bool is_nan = false;
-  for (int64_t i = 0; i < n; ++i) {
-    is_nan |= row[i] != row[i];
-    if (i != hole && row[i] > max) max = row[i], d.largest = i;
-  }
-  d.max = is_nan ? NAN : max;
+  const Real none = -INFINITY;
+  V largest = splat(none);
+  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    V x = part.get(row + i, none);
+    if (hole >= i && hole < i + Lanes<Real>::kCount) x[hole - i] = none;
+    largest = x > largest ? x : largest;
+  });
+  const Real max = highest<Real>(largest);
   const Exponent<Real> exponent(kLog2E / temperature);
   const V top = splat(reference_of(max)), lowest = splat(lowest_number(Real()));
   WideSum<Real> sum, moment;
-  for (int64_t i = 0; i < n; i += L) {
-    const int64_t left = n - i < L ? n - i : L;
-    const Real none = -INFINITY;
-    V x = left == L ? load(row + i) : load_part(row + i, left, none);
-    if (hole >= i && hole < i + left) x[hole - i] = none;
+  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    V x = part.get(row + i, none);
+    if (hole >= i && hole < i + Lanes<Real>::kCount) x[hole - i] = none;
     const V distance = at_least(x - top, lowest), e = exp2_scaled<Real>(distance, exponent);
     sum.add(e);
-    moment.add(e == V{} ? V{} : e * distance);
-  }
-  d.sum = sum.total();
-  d.moment = moment.total() / temperature;
+    moment.add(e == (Real)0 ? V{} : e * distance);
+  });
+  Description<Real> d = {(double)max, sum.total(), moment.total() / temperature};
+  if (d.sum != d.sum) d.max = NAN;
   return d;
 }
 

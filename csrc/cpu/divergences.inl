@@ -329,14 +329,19 @@ struct RowBetween {
   // Sums over all classes of fn(p, q, log p, log q), the logarithms but for a constant.
   template <int N, typename Fn>
   void sum(double (&sums)[N], Fn fn) const {
+    WideSum<Real> wide[N];
     each_block([&](int64_t, const BlockBetween<Real>& block) {
-      for (int64_t i = 0; i < block.n; ++i) {
-        double values[N];
-        fn(values, (double)block.et[i] * block.to_p, (double)block.es[i] * block.to_q,
-           (double)block.exponent[i] - block.distance[i], (double)block.exponent[i]);
-        for (int k = 0; k < N; ++k) sums[k] += values[k];
-      }
+      each<Real>(block.n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        const Real none = 0;
+        const Vec<Real> log_q = part.get(block.exponent + i, none);
+        Vec<Real> values[N];
+        fn(values, part.get(block.et + i, none) * block.to_p,
+           part.get(block.es + i, none) * block.to_q, log_q - part.get(block.distance + i, none),
+           log_q);
+        for (int k = 0; k < N; ++k) wide[k].add(part.keep(values[k]));
+      });
     });
+    for (int k = 0; k < N; ++k) sums[k] = wide[k].total();
   }
 
   void prepare_agreement(Term& t) const {
@@ -351,7 +356,7 @@ struct RowBetween {
 
   void prepare_entropy_gap(Term& t) const {
     double of[2] = {};
-    sum(of, [](double* values, double of_p, double of_q, double log_p, double log_q) {
+    sum(of, [](auto& values, auto of_p, auto of_q, auto log_p, auto log_q) {
       values[0] = of_p * log_p, values[1] = of_q * log_q;
     });
     const double teacher = log(sums.teacher) - of[0], student = log(sums.student) - of[1];
@@ -362,8 +367,8 @@ struct RowBetween {
   void prepare_correlation(Term& t) const {
     const double mean = 1.0 / (double)p.classes;
     double of[3] = {};
-    sum(of, [mean](double* values, double of_p, double of_q, double, double) {
-      const double a = of_p - mean, b = of_q - mean;
+    sum(of, [mean](auto& values, auto of_p, auto of_q, auto, auto) {
+      const auto a = of_p - (Real)mean, b = of_q - (Real)mean;
       values[0] = a * a, values[1] = b * b, values[2] = a * b;
     });
     const bool constant = !(of[0] > 1e-24 && of[1] > 1e-24);

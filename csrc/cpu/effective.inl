@@ -1,61 +1,73 @@
 // Logits as the models mean them: biased, scaled, soft-capped, mixed, and several teachers as one.
 // They are computed in double and kept relative to their maximum, whose neighbours are all that a
 // softmax looks at: so float32 holds them as well as it holds plain logits. Included inside an
-// anonymous namespace, after sweeps.inl.
+// anonymous namespace, after loops.inl.
 
 // A row that a pass reads: contiguous, and less `shift`.
 template <typename Real>
 struct Effective {
-  Real* values;
+  const Real* values;
   double shift;
 };
 
 // cap * tanh(scale * (x + bias) / cap); without a cap the inside of it.
 struct Mapping {
+  typedef Vec<double> V;
   double scale, cap;   // 0: no cap
   const double* bias;  // or null
 
   bool is_identity() const { return scale == 1 && cap == 0 && !bias; }
 
-  KD_INLINE double of(double x, int64_t i) const {
-    x = scale * (bias ? x + bias[i] : x);
-    if (cap == 0 || x == -INFINITY) return x;
-    const double e = exp(-2 * fabs(x / cap)), value = cap * (1 - e) / (1 + e);
-    return x < 0 ? -value : value;
+  template <typename P>
+  KD_INLINE V inside(V x, int64_t i, P part) const {
+    return scale * (bias ? x + part.get(bias + i, 0.0) : x);
+  }
+  // e^(-2 |x| / cap).
+  KD_INLINE V decay(V x) const { return exp2_any<double>(absolute(x) * (-2 * kLog2E / cap)); }
+
+  template <typename P>
+  KD_INLINE V of(V x, int64_t i, P part) const {
+    x = inside(x, i, part);
+    if (cap == 0) return x;
+    const V e = decay(x), value = cap * (1.0 - e) / (1.0 + e);
+    return x == -INFINITY ? x : x < 0.0 ? -value : value;
   }
   // Its derivative, of the same x.
-  KD_INLINE double slope(double x, int64_t i) const {
-    if (cap == 0) return scale;
-    x = scale * (bias ? x + bias[i] : x);
-    const double e = exp(-2 * fabs(x / cap)), sum = 1 + e;
-    return x == -INFINITY ? 0 : scale * 4 * e / (sum * sum);
+  template <typename P>
+  KD_INLINE V slope(V x, int64_t i, P part) const {
+    const V one = splat(1.0);
+    if (cap == 0) return one * scale;
+    const V e = decay(inside(x, i, part)), sum = 1.0 + e;
+    return scale * 4 * e / (sum * sum);
   }
 };
 
 // All logits of a row in double, mapped.
-template <typename Real>
-void widen(const char* row, KdDtype dtype, int64_t n, const Mapping& mapping, double* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = mapping.of(load_one<double>(row, dtype, i), i);
+inline void widen(const char* row, KdDtype dtype, int64_t n, const Mapping& mapping, double* out) {
+  copy_of(row, dtype, n, out);
+  if (mapping.is_identity()) return;
+  each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    part.put(out + i, mapping.of(part.get(out + i, 0.0), i, part));
+  });
 }
 
+// Relative to the largest, and times `factor`.
 template <typename Real>
-Effective<Real> narrowed(const double* wide, int64_t n, Real* values) {
-  double max = -INFINITY;
-  for (int64_t i = 0; i < n; ++i)
-    if (wide[i] > max) max = wide[i];
-  const double shift = fabs(max) < INFINITY ? max : 0;
-  for (int64_t i = 0; i < n; ++i) values[i] = (Real)(wide[i] - shift);
+Effective<Real> narrowed(const double* wide, int64_t n, Real* values, double factor = 1) {
+  const double max = highest_of(wide, n), shift = fabs(max) < INFINITY ? max : 0;
+  for (int64_t i = 0; i < n; ++i) values[i] = (Real)((wide[i] - shift) * factor);
   return {values, shift};
 }
 
 // log of the sum of e^(v / T) over a row, in double.
 inline double log_sum(const double* row, int64_t n, double temperature) {
-  double max = -INFINITY, sum = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (!(row[i] <= max)) max = row[i];
-  if (!(fabs(max) < INFINITY)) return max;
-  for (int64_t i = 0; i < n; ++i) sum += exp((row[i] - max) / temperature);
-  return max / temperature + log(sum);
+  const double max = highest_of(row, n), top = reference_of(max);
+  Vec<double> sum = {};
+  each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const Vec<double> x = part.get(row + i, (double)-INFINITY) - top;
+    sum += x != x ? x : exp2_any<double>(x * (kLog2E / temperature));
+  });
+  return top / temperature + log(total(sum));
 }
 
 // The rows of one problem as its passes see them.
@@ -80,62 +92,73 @@ struct Rows {
   }
 
   Effective<Real> student(Real* values) const {
-    const Mapping mapping = of_student();
-    if (mapping.is_identity()) {
-      for (int64_t i = 0; i < p.classes; ++i)
-        values[i] = load_one<Real>(student_row(), p.student_dtype, i);
+    if (of_student().is_identity()) {
+      if (p.student_dtype == (sizeof(Real) == 8 ? kFloat64 : kFloat32))
+        return {(const Real*)student_row(), 0};
+      copy_of(student_row(), p.student_dtype, p.classes, values);
       return {values, 0};
     }
-    widen<Real>(student_row(), p.student_dtype, p.classes, mapping, wide);
+    widen(student_row(), p.student_dtype, p.classes, of_student(), wide);
     return narrowed(wide, p.classes, values);
   }
 
-  // Whether teacher k is computed with as it lies in memory.
-  bool as_it_is(int k) const {
-    return of_teacher().is_identity() && p.plan->teacher_share == 1 && !is_one(k);
+  // Whether what a view compares with is several teachers.
+  bool is_joint() const { return p.plan->teachers > 1 && p.plan->ensemble != kOfLosses; }
+  // Whether teachers are computed with as they lie in memory.
+  bool as_they_are() const {
+    return of_teacher().is_identity() && p.plan->teacher_share == 1 && !is_joint();
   }
-  // Whether what teacher k stands for is several teachers.
-  bool is_one(int) const { return p.plan->teachers > 1 && p.plan->ensemble != kOfLosses; }
   // How many there are to be compared with.
-  int views() const { return p.plan->ensemble == kOfLosses ? p.plan->teachers : 1; }
+  int views() const { return is_joint() || p.plan->teachers == 0 ? 1 : p.plan->teachers; }
   double weight_of(int view) const {
-    return p.plan->ensemble == kOfLosses ? p.plan->teacher[view].weight : 1;
+    return is_joint() || p.plan->teachers == 0 ? 1 : p.plan->teacher[view].weight;
   }
 
-  // The teacher of a view at a temperature, which means of probabilities depend on.
-  Effective<Real> teacher(int view, double temperature, Real* values) const {
-    if (!is_one(view)) {
-      load_teacher(view, wide);
-      mix(wide);
-    } else if (p.plan->ensemble == kOfLogits) {
-      for (int64_t i = 0; i < p.classes; ++i) other[i] = 0;
-      for (int k = 0; k < p.plan->teachers; ++k) {
-        load_teacher(k, wide);
-        for (int64_t i = 0; i < p.classes; ++i) other[i] += p.plan->teacher[k].weight * wide[i];
-      }
-      mix(other);
-      return narrowed(other, p.classes, values);
-    } else {
-      mean_of_probabilities(temperature);
-      return narrowed(other, p.classes, values);
+  // The teacher of a view at a temperature, which means of probabilities depend on; times `factor`.
+  Effective<Real> teacher(int view, double temperature, Real* values, double factor = 1) const {
+    if (as_they_are() && factor == 1) {
+      copy_of(teacher_row(view), p.plan->teacher[view].dtype, p.classes, values);
+      return {values, 0};
     }
-    return narrowed(wide, p.classes, values);
+    if (!is_joint()) {
+      load_teacher(view, wide);
+      return narrowed(wide, p.classes, values, factor);
+    }
+    p.plan->ensemble == kOfLogits ? mean_of_logits() : mean_of_probabilities(temperature);
+    return narrowed(other, p.classes, values, factor);
   }
 
  private:
   void load_teacher(int k, double* out) const {
-    widen<Real>(teacher_row(k), p.plan->teacher[k].dtype, p.classes, of_teacher(), out);
+    widen(teacher_row(k), p.plan->teacher[k].dtype, p.classes, of_teacher(), out);
+    if (p.plan->teacher_share < 1) mix(out);
   }
 
   // TAID's teacher, between the student as it is now and the teacher.
   void mix(double* teacher) const {
     const double share = p.plan->teacher_share;
-    if (share == 1) return;
     const Mapping mapping = of_student();
     const char* const student = student_row();
-    for (int64_t i = 0; i < p.classes; ++i) {
-      const double s = mapping.of(load_one<double>(student, p.student_dtype, i), i);
-      teacher[i] = share == 0 ? s : (1 - share) * s + share * teacher[i];
+    for (int64_t first = 0; first < p.classes; first += kBlock) {
+      const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
+      double block[kBlock];
+      const double* const s = survey(student, p.student_dtype, first, n, block).values;
+      each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        const Vec<double> x = mapping.of(part.get(s + i, 0.0), first + i, part);
+        double* const at = teacher + first + i;
+        part.put(at, share == 0 ? x : (1 - share) * x + share * part.get(at, 0.0));
+      });
+    }
+  }
+
+  void mean_of_logits() const {
+    memset(other, 0, p.classes * sizeof *other);
+    for (int k = 0; k < p.plan->teachers; ++k) {
+      load_teacher(k, wide);
+      const double weight = p.plan->teacher[k].weight;
+      each<double>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        part.put(other + i, part.get(other + i, 0.0) + weight * part.get(wide + i, 0.0));
+      });
     }
   }
 
@@ -143,21 +166,19 @@ struct Rows {
   void mean_of_probabilities(double temperature) const {
     for (int k = 0; k < p.plan->teachers; ++k) {
       load_teacher(k, wide);
-      mix(wide);
-      const double log_weight = log(p.plan->teacher[k].weight);
-      const double all = log_sum(wide, p.classes, temperature) - log_weight;
-      for (int64_t i = 0; i < p.classes; ++i) {
-        const double x = wide[i] / temperature - all;
-        const double sum = k == 0 ? x : log_of_sum(other[i], x);
-        other[i] = sum;
-      }
+      const double all = log_sum(wide, p.classes, temperature) - log(p.plan->teacher[k].weight);
+      each<double>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        const Vec<double> x = part.get(wide + i, 0.0) / temperature - all;
+        part.put(other + i, k == 0 ? x : log_of_sum(part.get(other + i, 0.0), x));
+      });
     }
-    for (int64_t i = 0; i < p.classes; ++i) other[i] *= temperature;
+    multiply(other, temperature, p.classes);
   }
 
-  static double log_of_sum(double a, double b) {
-    const double max = a > b ? a : b, min = a > b ? b : a;
-    if (max == -INFINITY) return a + b;  // both masked, or a NaN
-    return max + log1p(exp(min - max));
+  static KD_INLINE Vec<double> log_of_sum(Vec<double> a, Vec<double> b) {
+    const Vec<double> max = a > b ? a : b, min = a > b ? b : a;
+    const Vec<double> ratio = exp2_any<double>((min - max) * kLog2E);
+    // Both masked, or a NaN, which has no order.
+    return max == -INFINITY || a != a || b != b ? a + b : max + natural_log(1.0 + ratio);
   }
 };

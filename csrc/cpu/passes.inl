@@ -8,22 +8,35 @@ constexpr KdDtype kTypeOf = sizeof(Real) == 8 ? kFloat64 : kFloat32;
 
 // The mean of the logits that are not masked, and what they are divided by.
 struct Spread {
-  double mean, deviation, degrees;  // deviation 1: they are all the same
+  double origin, mean;  // relative to one of them: their offset is nobody's rounding error
+  double deviation, degrees;
   bool constant;
 };
 
 template <typename Real>
 Spread spread_of(const Real* row, int64_t n) {
-  double sum = 0, squares = 0;
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (row[i] != -INFINITY) sum += row[i], ++count;
-  const double mean = count ? sum / count : 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (row[i] != -INFINITY) squares += (row[i] - mean) * (row[i] - mean);
+  typedef Vec<Real> V;
+  const Real masked = -INFINITY;
+  WideSum<Real> sum, counts, squares;
+  Real origin = 0;
+  for (int64_t i = 0; i < n && origin == 0; ++i)
+    if (row[i] != masked) origin = row[i];
+  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const V x = part.get(row + i, masked), none = {}, one = splat((Real)1);
+    sum.add(x == masked ? none : x - origin);
+    counts.add(x == masked ? none : one);
+  });
+  const double count = counts.total(), relative = count > 0 ? sum.total() / count : 0;
+  const Real mean = (Real)relative;
+  const double rest = relative - (double)mean;
+  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const V x = part.get(row + i, masked), none = {}, centred = x - origin - mean;
+    squares.add(x == masked ? none : centred * centred);
+  });
   const double degrees = count > 1 ? count - 1 : 1;
-  const bool constant = squares == 0;
-  return {mean, constant ? 1 : sqrt(squares / degrees) + 1e-7, degrees, constant};
+  const double variance = (squares.total() - count * rest * rest) / degrees;
+  const bool constant = !(variance > 0) && variance == variance;
+  return {origin, relative, constant ? 1 : sqrt(variance) + 1e-7, degrees, constant};
 }
 
 template <typename Real>
@@ -33,6 +46,7 @@ struct Passes {
   char* memory;  // for the sweeps
   Rows<Real> rows;
   Real *student_row, *teacher_row, *grad, *total;  // [classes] each
+  bool begun = false;                              // total holds something
   KnownClass* known;
 
   Effective<Real> student;
@@ -40,7 +54,8 @@ struct Passes {
   double weight;  // of the sample
   bool label;     // the row has one that counts
   double soft = 0, hard = 0, added = 0;
-  double squares = 0;                           // of the passes' gradients, one by one
+  double squares = 0;  // of the passes' gradients, one by one
+  bool hard_is_had = false;
   double ce_of_student = 0, ce_of_teacher = 0;  // of the label, at temperature 1
   Good good = kAll;
 
@@ -51,6 +66,9 @@ struct Passes {
     rows.wide = own, rows.other = own + size;
     student_row = (Real*)(own + 2 * size), teacher_row = (Real*)(own + 3 * size);
     grad = (Real*)(own + 4 * size), total = (Real*)(own + 5 * size);
+    // In place the logits are needed to the end.
+    if (p.grad && p.grad != p.student && p.student_dtype == kTypeOf<Real>)
+      total = (Real*)((char*)p.grad + p.grad_rows.start(row) * sizeof(Real));
     known = (KnownClass*)(own + 6 * size);
     weight = p.row_weight(row);
     label = p.hard_active(row);
@@ -63,7 +81,7 @@ struct Passes {
     q.student = q.teacher = student.values;
     q.student_dtype = q.teacher_dtype = kTypeOf<Real>;
     q.student_rows = q.teacher_rows = q.grad_rows = {1, p.classes, 0};
-    q.grad = p.grad ? grad : nullptr;
+    q.grad = p.grad ? target() : nullptr;
     q.rows = 1;
     q.in_double = sizeof(Real) == 8;
     q.stream = q.want_soft = q.want_hard = q.general = q.decoupled = false;
@@ -82,31 +100,39 @@ struct Passes {
     return of_pass;
   }
 
+  // Where the next gradient goes: the first is the beginning of the sum.
+  Real* target() const { return begun ? grad : total; }
+
   void add_gradient(const Spread* spread) {
     if (!p.grad) return;
     if (spread && !spread->constant) project(*spread);
-    double of_pass = 0;
-    for (int64_t i = 0; i < p.classes; ++i) {
-      of_pass += (double)grad[i] * grad[i];
-      total[i] += grad[i];
+    if (begun) {
+      if (squares == 0) squares = sum_of_squares(total, p.classes);
+      squares += sum_of_squares(grad, p.classes);
+      add_to(total, grad, p.classes);
     }
-    squares += of_pass;
+    begun = true;
   }
 
   // A standardised row has a temperature of its own, which its logits change, too.
   void project(const Spread& s) {
-    double dot = 0, before = 0, after = 0;
-    for (int64_t i = 0; i < p.classes; ++i) {
-      before += (double)grad[i] * grad[i];
-      if (student.values[i] != -INFINITY) dot += grad[i] * (student.values[i] - s.mean);
-    }
-    const double factor = dot / (s.deviation * (s.deviation - 1e-7) * s.degrees);
-    for (int64_t i = 0; i < p.classes; ++i) {
-      if (student.values[i] == -INFINITY) continue;
-      grad[i] -= (Real)(factor * (student.values[i] - s.mean));
-      after += (double)grad[i] * grad[i];
-    }
-    if (sizeof(Real) == 4 && 4 * after < before && good == kAll) good = kLoss;
+    typedef Vec<Real> V;
+    Real* const g = target();
+    const Real masked = -INFINITY, mean = (Real)s.mean, origin = (Real)s.origin, zero = 0;
+    WideSum<Real> dots;
+    const double before = sum_of_squares(g, p.classes);
+    each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const V x = part.get(student.values + i, masked), none = {};
+      dots.add(x == masked ? none : part.get(g + i, zero) * (x - origin - mean));
+    });
+    const double factor = dots.total() / (s.deviation * (s.deviation - 1e-7) * s.degrees);
+    each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const V x = part.get(student.values + i, masked), none = {};
+      part.put(g + i,
+               part.get(g + i, zero) - (x == masked ? none : (x - origin - mean) * (Real)factor));
+    });
+    const bool cancels = 4 * sum_of_squares(g, p.classes) < before;
+    if (sizeof(Real) == 4 && cancels && good == kAll) good = kLoss;
   }
 
   // The cross entropy, `scale` times its weight in the batch; its value. `plain`: without class
@@ -147,6 +173,8 @@ struct Passes {
     q.alpha = base != 0, q.want_soft = true;
     q.scales.soft_scale = base * q.soft_factor / q.temperature;
     q.scales.hard_scale = 0;
+    if (takes_hard(pass)) q.alpha = p.alpha, q.want_hard = true, hard_is_had = true;
+    if (q.want_hard) q.scales.hard_scale = weight * p.scales.hard_scale;
     take_terms(q, pass);
     const KdDivergence kind = q.term[0].kind;
     const bool copied = kind == kNormalized || kind == kWeightedSoft || kind == kTeacherLabel;
@@ -155,7 +183,15 @@ struct Passes {
     q.general = q.general || q.temperature != q.teacher_temperature;
     const double value = compared(q, base, t2);
     (pass.added ? added : soft) += value;
-    if (q.alpha > 0) add_gradient(standardize ? &of_student : nullptr);
+    if (base != 0 || q.want_hard) add_gradient(standardize ? &of_student : nullptr);
+  }
+
+  // Whether the pass has the cross entropy in its sweeps.
+  bool takes_hard(const KdPass& pass) const {
+    const KdDivergence kind = pass.term[0].kind;
+    const bool own = kind == kNormalized || kind == kWeightedSoft || kind == kTeacherLabel;
+    return p.want_hard && label && !hard_is_had && !pass.added && !own && !p.plan->standardize &&
+           p.plan->top_k.k == 0;
   }
 
   // `copied`: as a row of Real, whatever it is.
@@ -163,13 +199,19 @@ struct Passes {
     q.teacher_temperature = temperature;
     if (p.plan->top_k.k > 0) return;
     q.teacher = rows.teacher_row(view), q.teacher_dtype = p.plan->teacher[view].dtype;
-    if (rows.as_it_is(view) && !standardize && !copied) return;
+    if (rows.as_they_are() && !standardize && !copied) return;
     const Effective<Real> teacher = rows.teacher(view, temperature, teacher_row);
     q.teacher = teacher.values, q.teacher_dtype = kTypeOf<Real>;
-    if (!standardize) return;
-    // Divided by the student's deviation instead of its own, as the one temperature will do.
-    const double ratio = of_student.deviation / spread_of(teacher.values, p.classes).deviation;
-    for (int64_t i = 0; i < p.classes; ++i) teacher.values[i] = (Real)(teacher.values[i] * ratio);
+    if (standardize) standardize_teacher(q);
+  }
+
+  // Divided by the student's deviation instead of its own, as the one temperature will do.
+  void standardize_teacher(KdProblem& q) {
+    const double ratio = of_student.deviation / spread_of(teacher_row, p.classes).deviation;
+    const Real max = reference_of(highest_of(teacher_row, p.classes)), masked = -INFINITY;
+    each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      part.put(teacher_row + i, (part.get(teacher_row + i, masked) - max) * (Real)ratio);
+    });
     q.teacher_temperature *= of_student.deviation;
   }
 
@@ -190,9 +232,9 @@ struct Passes {
     if (q.term[0].kind == kWeightedSoft) return weighted_soft(q);
     if (q.term[0].kind == kTeacherLabel) return teacher_label(q);
     if (p.plan->top_k.k > 0) return top_k(q);
-    if (!q.decoupled) q.labels = nullptr;
-    double value, none;
-    run(q, value, none);
+    double value, of_label;
+    run(q, value, of_label);
+    if (q.want_hard) hard = weight * of_label;
     return value;
   }
 
@@ -215,22 +257,22 @@ struct Passes {
 
   // As if the largest class were all that the teacher says.
   double teacher_label(KdProblem& q) {
-    const Real* values = (const Real*)q.teacher;
-    const Description<Real> d = describe(values, p.classes, 1, -1);
-    known[0] = {d.largest, 0, d.max == d.max ? 0 : (double)NAN, 0, 0};
+    const Real* const values = (const Real*)q.teacher;
+    const int64_t largest = first_at(values, p.classes, highest_of(values, p.classes));
+    const double nan = sum_of_squares(values, p.classes);
+    known[0] = {largest, 0, nan == nan ? 0 : (double)NAN, 0, 0};
     q.term[0].kind = kForwardKL;
     return of_known(q, 1, kRenormalize);
   }
 
   double of_known(KdProblem& q, int64_t count, KdTail tail) {
     for (int64_t k = 0; k < count; ++k) known[k].logit = student.values[known[k].index];
-    memcpy(grad, student.values, p.classes * sizeof(Real));
-    KnownRow<Real> of = {q, known, count, tail, grad, 0, 0, 0, 0, 0, 0};
+    KnownRow<Real> of = {q, known, count, tail, student.values, target(), 0, 0, 0, 0, 0, 0};
     of.sweep();
     of.compare();
     const double value = q.soft_factor * of.value;
     if (sizeof(Real) == 4 && loss_at_risk(q, value, kError)) good = kNothing;
-    if (p.grad) of.write(q.scales.soft_scale);
+    if (p.grad && q.alpha > 0) of.write(q.scales.soft_scale);
     return value;
   }
 
@@ -247,8 +289,9 @@ struct Passes {
     const double gamma = q.term[0].parameter, share = q.term[0].weight;
     const double at_label = q.soft_factor / t2 * share * exp(-ce_of_teacher);
     const double of_label = at_label * cross_entropy(base * at_label, true);
+    q.grad = p.grad ? target() : nullptr;
     if (gamma == 0) {
-      if (p.grad) memset(grad, 0, p.classes * sizeof(Real));
+      if (p.grad) memset(target(), 0, p.classes * sizeof(Real));
       return of_label;
     }
     const Description<Real> others =
@@ -276,16 +319,18 @@ struct Passes {
 
   void measure() {
     double* const out = p.plan->metrics + 4 * row;
-    const Description<Real> of_student = describe(student.values, p.classes, 1, -1);
-    out[0] = of_student.entropy();
+    const Description<Real> of_q = describe(student.values, p.classes, 1, -1);
+    const int64_t guess = first_at(student.values, p.classes, (Real)of_q.max);
+    out[0] = of_q.entropy();
     if (p.plan->top_k.k > 0) {
-      measure_top_k(out, of_student.largest);
+      measure_top_k(out, guess);
     } else {
       const Effective<Real> teacher = mean_teacher();
-      const Description<Real> d = describe(teacher.values, p.classes, 1, -1);
-      out[1] = d.entropy(), out[2] = d.largest == of_student.largest;
+      const Description<Real> of_p = describe(teacher.values, p.classes, 1, -1);
+      out[1] = of_p.entropy();
+      out[2] = first_at(teacher.values, p.classes, (Real)of_p.max) == guess;
     }
-    out[3] = label && p.label(row) == of_student.largest;
+    out[3] = label && p.label(row) == guess;
   }
 
   Effective<Real> mean_teacher() {
@@ -315,29 +360,30 @@ struct Passes {
   Good visit_all() {
     const KdPlan& plan = *p.plan;
     student = rows.student(student_row);
-    if (p.grad) memset(total, 0, p.classes * sizeof(Real));
     if (plan.standardize) of_student = spread_of(student.values, p.classes);
     for (int k = 0; k < plan.passes; ++k)
       if (plan.pass[k].added || p.want_soft)
         for (int view = 0; view < rows.views(); ++view) visit_pass(plan.pass[k], view);
-    if (p.want_hard && label) hard = weight * cross_entropy(weight * p.scales.hard_scale, false);
+    if (p.want_hard && label && !hard_is_had)
+      hard = weight * cross_entropy(weight * p.scales.hard_scale, false);
     if (plan.metrics) measure();
-    if (sizeof(Real) == 8 || good != kAll || !p.grad) return good;
-    double of_total = 0;
-    for (int64_t i = 0; i < p.classes; ++i) of_total += (double)total[i] * total[i];
-    return 4 * of_total < squares ? kLoss : kAll;
+    if (p.grad && !begun) memset(total, 0, p.classes * sizeof(Real));
+    if (sizeof(Real) == 8 || good != kAll || !p.grad || squares == 0) return good;
+    return 4 * sum_of_squares(total, p.classes) < squares ? kLoss : kAll;
   }
 
   // The gradient of the logits as they came, in blocks: in place they are read for the last time.
   void finish() {
-    const Mapping mapping = rows.of_student();
     char* const out = (char*)p.grad + p.grad_rows.start(row) * element_size(p.student_dtype);
-    if (!mapping.is_identity())
-      for (int64_t i = 0; i < p.classes; ++i) {
-        const double x = load_one<double>(rows.student_row(), p.student_dtype, i);
-        total[i] = (Real)(total[i] * mapping.slope(x, i));
-      }
-    store_block(total, p.classes, p.student_dtype, out, 0, false);
+    const Mapping mapping = rows.of_student();
+    if (!mapping.is_identity()) {
+      copy_of(rows.student_row(), p.student_dtype, p.classes, rows.wide);
+      each<double>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        part.put(rows.wide + i, mapping.slope(part.get(rows.wide + i, 0.0), i, part));
+      });
+      for (int64_t i = 0; i < p.classes; ++i) total[i] = (Real)(total[i] * rows.wide[i]);
+    }
+    if ((char*)total != out) store_block(total, p.classes, p.student_dtype, out, 0, false);
   }
 
   void put_terms() const { p.soft[row] = soft, p.hard[row] = hard, p.plan->added[row] = added; }

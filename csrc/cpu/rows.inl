@@ -32,6 +32,8 @@ namespace {
 
 #include "sweeps.inl"
 
+#include "loops.inl"
+
 #include "policies.inl"
 
 #include "divergences.inl"

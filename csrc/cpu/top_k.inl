@@ -64,7 +64,8 @@ struct KnownRow {
   KnownClass* classes;  // [count]
   int64_t count;
   KdTail tail;
-  Real* row;  // the student's logits; then the others' exponentials; then the gradient
+  const Real* logits;  // the student's
+  Real* row;           // the others' exponentials, and then the gradient
 
   double max, sum;  // of the others
   double log_sum;   // of all
@@ -72,31 +73,22 @@ struct KnownRow {
   double mean;      // sum of v
   double value;
 
-  // The others' exponentials in the place of their logits, and their sum.
+  // The others' exponentials, and their sum.
   void sweep() {
     typedef Vec<Real> V;
-    constexpr int L = Lanes<Real>::kCount;
-    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = NAN;  // compares neither way
-    const Real highest = survey((const Real*)row, p.classes, row).high;
-    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = -INFINITY;
+    const Real masked = -INFINITY;
+    memcpy(row, logits, p.classes * sizeof(Real));
+    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = masked;
+    const Real highest = highest_of(row, p.classes);
     const Exponent<Real> exponent(kLog2E / p.temperature);
     const V top = splat(reference_of(highest)), lowest = splat(lowest_number(Real()));
     WideSum<Real> total;
-    int64_t i = 0;
-    for (; i + 2 * L <= p.classes; i += 2 * L) {
-      V e[2] = {at_least(load(row + i) - top, lowest), at_least(load(row + i + L) - top, lowest)};
-      exp2_scaled<Real>(e, exponent);
-      store(row + i, e[0]), store(row + i + L, e[1]);
-      total.add(e[0] + e[1]);
-    }
-    for (; i < p.classes; i += L) {
-      const int64_t left = p.classes - i < L ? p.classes - i : L;
-      const Real none = -INFINITY;
-      const V x = load_part(row + i, left, none);
-      const V e = exp2_scaled<Real>(at_least(x - top, lowest), exponent);
-      store_part(row + i, left, e);
-      total.add(keep_part(e, left));
-    }
+    each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const V x = part.get(row + i, masked) - top;
+      const V e = exp2_scaled<Real>(at_least(x, lowest), exponent);
+      part.put(row + i, e);
+      total.add(e);
+    });
     sum = total.total(), max = reference_of(highest) / p.temperature;
   }
 
@@ -152,16 +144,9 @@ struct KnownRow {
   // The gradient in the place of the exponentials. float32 is enough: nothing cancels among the
   // others, and the known classes are in double.
   void write(double scale) {
-    typedef Vec<Real> V;
-    constexpr int L = Lanes<Real>::kCount;
     double below = 0;  // df/dq of the others less the mean, of which it may be nearly all
     for (int64_t k = 0; k < count; ++k) below += exp(classes[k].log_q) * rest - classes[k].v;
-    const V factor = splat((Real)(scale * below * exp(max - log_sum)));
-    for (int64_t i = 0; i < p.classes; i += L) {
-      const int64_t left = p.classes - i < L ? p.classes - i : L;
-      const Real none = 0;
-      store_part(row + i, left, factor * load_part(row + i, left, none));
-    }
+    multiply(row, (Real)(scale * below * exp(max - log_sum)), p.classes);
     for (int64_t k = 0; k < count; ++k) row[classes[k].index] = (Real)(scale * gradient_of(k));
   }
 
