@@ -254,11 +254,11 @@ struct RowBetween {
 
   // All blocks of the row, added to v.
   template <typename Add>
-  void each_block(Add add) const {
+  void each_block(Add add, bool measured = true) const {
     const double constant = log(sums.teacher / sums.student);
     for (int64_t first = 0, b = 0; first < p.classes; first += kBlock, ++b) {
       const int64_t n = p.classes - first < kBlock ? p.classes - first : kBlock;
-      measure(p, sums, row, first, n, scratch.distance, scratch.exponent);
+      if (measured) measure(p, sums, row, first, n, scratch.distance, scratch.exponent);
       const Step step = step_to(p, sums, scratch, b);
       const bool saw_max = scratch.student_max[b] == sums.student_max;
       add(first, BlockBetween<Real>{es + first, scratch.teacher + first, scratch.distance,
@@ -277,13 +277,15 @@ struct RowBetween {
       if (const Term t = term_of(p.term[k], row); t.weight != 0) terms[count++] = t;
     for (int k = 0; k < count; ++k) prepare(terms[k], count == 1);
     if (count == 0) memset(scratch.v, 0, p.classes * sizeof(Real));
-    each_block([&](int64_t first, const BlockBetween<Real>& block) {
-      for (int k = 0; k < count; ++k) {
-        const SumsBetween<Real> s = add_terms(terms[k], block, scratch.v + first, k == 0);
-        of[k].value += s.value, of[k].v += s.v, of[k].constant += s.constant;
-        between.off += s.off, between.off_at_max += s.off_at_max;
-      }
-    });
+    each_block(
+        [&](int64_t first, const BlockBetween<Real>& block) {
+          for (int k = 0; k < count; ++k) {
+            const SumsBetween<Real> s = add_terms(terms[k], block, scratch.v + first, k == 0);
+            of[k].value += s.value, of[k].v += s.v, of[k].constant += s.constant;
+            between.off += s.off, between.off_at_max += s.off_at_max;
+          }
+        },
+        count == 0 || count > 1 || needs_distances(terms[0]));
     for (int k = 0; k < count; ++k) {
       between.loss += p.soft_factor * terms[k].weight * value_of_term(terms[k], of[k]);
       between.loss_off += fabs(terms[k].weight) * loss_off(terms[k]);
@@ -326,37 +328,50 @@ struct RowBetween {
     return largest;
   }
 
+  // Whether it looks at more than the probabilities.
+  static bool needs_distances(const Term& t) {
+    return t.kind != kCorrelation && (t.kind != kAgreement || sizeof(Real) == 8);
+  }
+
   // Sums over all classes of fn(p, q, log p, log q), the logarithms but for a constant.
   template <int N, typename Fn>
-  void sum(double (&sums)[N], Fn fn) const {
+  void sum(double (&sums)[N], bool measured, Fn fn) const {
     WideSum<Real> wide[N];
-    each_block([&](int64_t, const BlockBetween<Real>& block) {
-      each<Real>(block.n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-        const Real none = 0;
-        const Vec<Real> log_q = part.get(block.exponent + i, none);
-        Vec<Real> values[N];
-        fn(values, part.get(block.et + i, none) * block.to_p,
-           part.get(block.es + i, none) * block.to_q, log_q - part.get(block.distance + i, none),
-           log_q);
-        for (int k = 0; k < N; ++k) wide[k].add(part.keep(values[k]));
-      });
-    });
+    each_block(
+        [&](int64_t, const BlockBetween<Real>& block) {
+          each<Real>(block.n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+            const Real none = 0;
+            const Vec<Real> log_q = part.get(block.exponent + i, none);
+            Vec<Real> values[N];
+            fn(values, part.get(block.et + i, none) * block.to_p,
+               part.get(block.es + i, none) * block.to_q,
+               log_q - part.get(block.distance + i, none), log_q);
+            for (int k = 0; k < N; ++k) wide[k].add(part.keep(values[k]));
+          });
+        },
+        measured);
     for (int k = 0; k < N; ++k) sums[k] = wide[k].total();
   }
 
   void prepare_agreement(Term& t) const {
     t.norm = 1 / (sums.teacher * sums.student);
-    if (sizeof(Real) == 8) t.shift = largest_power(1, 2);
-    double total = 0;
-    each_block([&](int64_t first, const BlockBetween<Real>& block) {
-      total += add_terms(t, block, scratch.v + first, true).value;
-    });
-    t.inverse_sum = 1 / total;
+    double total[1] = {};
+    if (sizeof(Real) == 8) {
+      t.shift = largest_power(1, 2);
+      each_block([&](int64_t first, const BlockBetween<Real>& block) {
+        total[0] += add_terms(t, block, scratch.v + first, true).value;
+      });
+    } else {
+      sum(total, false,
+          [](auto& values, auto of_p, auto of_q, auto, auto) { values[0] = of_p * of_q; });
+      if (total[0] < 0x1p-80) total[0] = 0;  // products that were too small are missing
+    }
+    t.inverse_sum = 1 / total[0];
   }
 
   void prepare_entropy_gap(Term& t) const {
     double of[2] = {};
-    sum(of, [](auto& values, auto of_p, auto of_q, auto log_p, auto log_q) {
+    sum(of, true, [](auto& values, auto of_p, auto of_q, auto log_p, auto log_q) {
       values[0] = of_p * log_p, values[1] = of_q * log_q;
     });
     const double teacher = log(sums.teacher) - of[0], student = log(sums.student) - of[1];
@@ -367,7 +382,7 @@ struct RowBetween {
   void prepare_correlation(Term& t) const {
     const double mean = 1.0 / (double)p.classes;
     double of[3] = {};
-    sum(of, [mean](auto& values, auto of_p, auto of_q, auto, auto) {
+    sum(of, false, [mean](auto& values, auto of_p, auto of_q, auto, auto) {
       const auto a = of_p - (Real)mean, b = of_q - (Real)mean;
       values[0] = a * a, values[1] = b * b, values[2] = a * b;
     });
@@ -392,7 +407,7 @@ struct RowBetween {
   double value_of_term(const Term& t, const SumsBetween<Real>& s) const {
     double value = s.value + s.constant * log(sums.teacher / sums.student);
     if (t.kind == kRenyi) value = (log(s.value) + t.shift) / (t.parameter - 1);
-    if (t.kind == kAgreement) value = -(log(s.value) + t.shift);
+    if (t.kind == kAgreement) value = log(t.inverse_sum) - t.shift;
     if (t.kind == kEntropyGap) value = t.norm * t.norm;
     if (t.kind == kCorrelation && t.norm == 0) value = 1;  // of a constant row
     // They have no class in common.

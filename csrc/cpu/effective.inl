@@ -3,6 +3,9 @@
 // softmax looks at: so float32 holds them as well as it holds plain logits. Included inside an
 // anonymous namespace, after loops.inl.
 
+template <typename Real>
+constexpr KdDtype kTypeOf = sizeof(Real) == 8 ? kFloat64 : kFloat32;
+
 // A row that a pass reads: contiguous, and less `shift`.
 template <typename Real>
 struct Effective {
@@ -51,11 +54,11 @@ inline void widen(const char* row, KdDtype dtype, int64_t n, const Mapping& mapp
   });
 }
 
-// Relative to the largest, and times `factor`.
+// Relative to the largest.
 template <typename Real>
-Effective<Real> narrowed(const double* wide, int64_t n, Real* values, double factor = 1) {
+Effective<Real> narrowed(const double* wide, int64_t n, Real* values) {
   const double max = highest_of(wide, n), shift = fabs(max) < INFINITY ? max : 0;
-  for (int64_t i = 0; i < n; ++i) values[i] = (Real)((wide[i] - shift) * factor);
+  for (int64_t i = 0; i < n; ++i) values[i] = (Real)(wide[i] - shift);
   return {values, shift};
 }
 
@@ -92,12 +95,7 @@ struct Rows {
   }
 
   Effective<Real> student(Real* values) const {
-    if (of_student().is_identity()) {
-      if (p.student_dtype == (sizeof(Real) == 8 ? kFloat64 : kFloat32))
-        return {(const Real*)student_row(), 0};
-      copy_of(student_row(), p.student_dtype, p.classes, values);
-      return {values, 0};
-    }
+    if (of_student().is_identity()) return plain(student_row(), p.student_dtype, values);
     widen(student_row(), p.student_dtype, p.classes, of_student(), wide);
     return narrowed(wide, p.classes, values);
   }
@@ -114,21 +112,25 @@ struct Rows {
     return is_joint() || p.plan->teachers == 0 ? 1 : p.plan->teacher[view].weight;
   }
 
-  // The teacher of a view at a temperature, which means of probabilities depend on; times `factor`.
-  Effective<Real> teacher(int view, double temperature, Real* values, double factor = 1) const {
-    if (as_they_are() && factor == 1) {
-      copy_of(teacher_row(view), p.plan->teacher[view].dtype, p.classes, values);
-      return {values, 0};
-    }
+  // The teacher of a view at a temperature, which means of probabilities depend on.
+  Effective<Real> teacher(int view, double temperature, Real* values) const {
+    if (as_they_are()) return plain(teacher_row(view), p.plan->teacher[view].dtype, values);
     if (!is_joint()) {
       load_teacher(view, wide);
-      return narrowed(wide, p.classes, values, factor);
+      return narrowed(wide, p.classes, values);
     }
     p.plan->ensemble == kOfLogits ? mean_of_logits() : mean_of_probabilities(temperature);
-    return narrowed(other, p.classes, values, factor);
+    return narrowed(other, p.classes, values);
   }
 
  private:
+  // A row as it lies in memory, copied if it is of another type.
+  Effective<Real> plain(const char* from, KdDtype dtype, Real* values) const {
+    if (dtype == kTypeOf<Real>) return {(const Real*)from, 0};
+    copy_of(from, dtype, p.classes, values);
+    return {values, 0};
+  }
+
   void load_teacher(int k, double* out) const {
     widen(teacher_row(k), p.plan->teacher[k].dtype, p.classes, of_teacher(), out);
     if (p.plan->teacher_share < 1) mix(out);

@@ -148,8 +148,10 @@ bool is_exact(const KdProblem& p, const Job<Real>& job, bool hard) {
   const Between& b = job.between;
   const double scale = p.scales.soft_scale * b.factor;
   const double q = sured ? squared(job.sure.student, job.sums.student) : squared(job.sums.student);
+  // The sum of v is off by what each of them is, and is taken off every class by its q.
+  const double of_mean = b.mean * b.mean + b.off + b.off_at_max;
   const double error =
-      scale == 0 ? 0 : scale * scale * (b.off + (sured ? 0 : b.off_at_max) + b.mean * b.mean * q);
+      scale == 0 ? 0 : scale * scale * (b.off + (sured ? 0 : b.off_at_max) + of_mean * q);
   return !gradient_at_risk(p, job.sums, job.f, hard, sured, job.sure, error, job.squares, kError);
 }
 

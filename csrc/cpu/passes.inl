@@ -3,9 +3,6 @@
 // sweeps that serve all others; their gradients are added up, and led back through what was done to
 // the logits. Included inside an anonymous namespace, after jobs.inl.
 
-template <typename Real>
-constexpr KdDtype kTypeOf = sizeof(Real) == 8 ? kFloat64 : kFloat32;
-
 // The mean of the logits that are not masked, and what they are divided by.
 struct Spread {
   double origin, mean;  // relative to one of them: their offset is nobody's rounding error
@@ -135,21 +132,24 @@ struct Passes {
     if (sizeof(Real) == 4 && cancels && good == kAll) good = kLoss;
   }
 
-  // The cross entropy, `scale` times its weight in the batch; its value. `plain`: without class
-  // weights, smoothing and z-loss.
-  double cross_entropy(double scale, bool plain) {
+  // The cross entropy in a pass of its own; its value.
+  double cross_entropy() {
     KdProblem q = alone();
-    q.alpha = 0, q.want_hard = true, q.temperature = q.teacher_temperature = 1;
-    q.scales.hard_scale = scale;
-    if (plain) {
-      q.weight = nullptr;
-      q.label_smoothing = q.z_loss = 0;
-      q.scales.weight_sum = (double)p.classes;
+    q.temperature = q.teacher_temperature = 1;
+    q.scales.hard_scale = weight * p.scales.hard_scale;
+    double value, none;
+    if (is_plain()) {  // the label is all that such a teacher knows
+      q.scales.soft_scale = q.scales.hard_scale;
+      q.soft_factor = q.alpha = 1;
+      q.terms = 1, q.term[0] = {kForwardKL, 1, 0, 0, nullptr, nullptr};
+      known[0] = {q.label(0), 0, 0, 0, 0};
+      value = of_known(q, 1, kRenormalize);
+    } else {
+      q.alpha = 0, q.want_hard = true;
+      run(q, none, value);
     }
-    double none, value;
-    run(q, none, value);
     add_gradient(nullptr);
-    return value;
+    return weight * value;
   }
 
   // A pass's temperatures in this row.
@@ -186,11 +186,14 @@ struct Passes {
     if (base != 0 || q.want_hard) add_gradient(standardize ? &of_student : nullptr);
   }
 
+  bool is_plain() const { return !p.weight && p.label_smoothing == 0 && p.z_loss == 0; }
+
   // Whether the pass has the cross entropy in its sweeps.
   bool takes_hard(const KdPass& pass) const {
     const KdDivergence kind = pass.term[0].kind;
-    const bool own = kind == kNormalized || kind == kWeightedSoft || kind == kTeacherLabel;
-    return p.want_hard && label && !hard_is_had && !pass.added && !own && !p.plan->standardize &&
+    // The label's own cross entropy is NKD's, if nothing is special about it.
+    if (kind == kTeacherLabel || (kind == kNormalized && !is_plain())) return false;
+    return p.want_hard && label && !hard_is_had && !pass.added && !p.plan->standardize &&
            p.plan->top_k.k == 0;
   }
 
@@ -200,18 +203,20 @@ struct Passes {
     if (p.plan->top_k.k > 0) return;
     q.teacher = rows.teacher_row(view), q.teacher_dtype = p.plan->teacher[view].dtype;
     if (rows.as_they_are() && !standardize && !copied) return;
-    const Effective<Real> teacher = rows.teacher(view, temperature, teacher_row);
-    q.teacher = teacher.values, q.teacher_dtype = kTypeOf<Real>;
+    q.teacher = rows.teacher(view, temperature, teacher_row).values;
+    q.teacher_dtype = kTypeOf<Real>;
     if (standardize) standardize_teacher(q);
   }
 
   // Divided by the student's deviation instead of its own, as the one temperature will do.
   void standardize_teacher(KdProblem& q) {
-    const double ratio = of_student.deviation / spread_of(teacher_row, p.classes).deviation;
-    const Real max = reference_of(highest_of(teacher_row, p.classes)), masked = -INFINITY;
+    const Real* const from = (const Real*)q.teacher;
+    const double ratio = of_student.deviation / spread_of(from, p.classes).deviation;
+    const Real max = reference_of(highest_of(from, p.classes)), masked = -INFINITY;
     each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      part.put(teacher_row + i, (part.get(teacher_row + i, masked) - max) * (Real)ratio);
+      part.put(teacher_row + i, (part.get(from + i, masked) - max) * (Real)ratio);
     });
+    q.teacher = teacher_row;
     q.teacher_temperature *= of_student.deviation;
   }
 
@@ -258,9 +263,9 @@ struct Passes {
   // As if the largest class were all that the teacher says.
   double teacher_label(KdProblem& q) {
     const Real* const values = (const Real*)q.teacher;
-    const int64_t largest = first_at(values, p.classes, highest_of(values, p.classes));
-    const double nan = sum_of_squares(values, p.classes);
-    known[0] = {largest, 0, nan == nan ? 0 : (double)NAN, 0, 0};
+    const Real highest = highest_or_nan(values, p.classes);
+    known[0] = {first_at(values, p.classes, highest), 0, highest == highest ? 0 : (double)NAN, 0,
+                0};
     q.term[0].kind = kForwardKL;
     return of_known(q, 1, kRenormalize);
   }
@@ -280,7 +285,8 @@ struct Passes {
   void look_at_label(const KdProblem& q, int view) {
     const Effective<Real> teacher = rows.teacher(view, 1, teacher_row);
     ce_of_teacher = cross_entropy_at(teacher.values, p.classes, q.label(0));
-    ce_of_student = cross_entropy_at(student.values, p.classes, q.label(0));
+    if (q.term[0].kind == kWeightedSoft)
+      ce_of_student = cross_entropy_at(student.values, p.classes, q.label(0));
   }
 
   // NKD: the label's cross entropy by the teacher's share of it, at temperature 1; and that of the
@@ -288,33 +294,34 @@ struct Passes {
   double normalized(KdProblem& q, double base, double t2) {
     const double gamma = q.term[0].parameter, share = q.term[0].weight;
     const double at_label = q.soft_factor / t2 * share * exp(-ce_of_teacher);
-    const double of_label = at_label * cross_entropy(base * at_label, true);
-    q.grad = p.grad ? target() : nullptr;
-    if (gamma == 0) {
-      if (p.grad) memset(target(), 0, p.classes * sizeof(Real));
-      return of_label;
-    }
     const Description<Real> others =
         describe((const Real*)q.teacher, p.classes, q.teacher_temperature, q.label(0));
-    q.decoupled = true;
-    q.term[0] = {kDecoupled, share, 0, gamma, nullptr, nullptr};
-    double value, none;
-    run(q, value, none);
     const bool any = others.sum > 0 || others.max != others.max;
-    return of_label + value + (any ? q.soft_factor * share * gamma * others.entropy() : 0);
+    const double entropy = any && gamma != 0 ? others.entropy() : 0;
+    const bool both = q.want_hard;  // the loss's own cross entropy is the same one
+    q.want_hard = true, q.alpha = both ? q.alpha : 0.5;
+    q.scales.hard_scale = base * at_label + (both ? weight * p.scales.hard_scale : 0);
+    q.decoupled = q.general = true;
+    q.term[0] = {kDecoupled, share, 0, gamma, nullptr, nullptr};
+    double value, of_label;
+    run(q, value, of_label);
+    if (both) hard = weight * of_label;
+    return at_label * of_label + value + q.soft_factor * share * gamma * entropy;
   }
 
   // WSLD: the soft labels' cross entropy, the less the better the student does beside the teacher.
   double weighted_soft(KdProblem& q) {
-    const double alpha = q.term[0].parameter, share = q.term[0].weight;
-    const double w = -expm1(-ce_of_student / (ce_of_teacher + 1e-7)) * alpha * share;
-    q.labels = nullptr;
-    q.term[0] = {kForwardKL, w, 0, 0, nullptr, nullptr};
-    double value, none;
-    run(q, value, none);
+    const double w = -expm1(-ce_of_student / (ce_of_teacher + 1e-7)) * q.term[0].parameter;
     const Description<Real> of_p =
         describe((const Real*)q.teacher, p.classes, q.teacher_temperature, -1);
-    return value + (w == 0 ? 0 : q.soft_factor * w * of_p.entropy());
+    q.soft_factor *= w * q.term[0].weight;
+    q.scales.soft_scale *= w * q.term[0].weight;
+    q.general = q.temperature != q.teacher_temperature;
+    q.term[0] = {kForwardKL, 1, 0, 0, nullptr, nullptr};
+    double value, of_label;
+    run(q, value, of_label);
+    if (q.want_hard) hard = weight * of_label;
+    return value + (w == 0 ? 0 : q.soft_factor * of_p.entropy());
   }
 
   void measure() {
@@ -364,8 +371,7 @@ struct Passes {
     for (int k = 0; k < plan.passes; ++k)
       if (plan.pass[k].added || p.want_soft)
         for (int view = 0; view < rows.views(); ++view) visit_pass(plan.pass[k], view);
-    if (p.want_hard && label && !hard_is_had)
-      hard = weight * cross_entropy(weight * p.scales.hard_scale, false);
+    if (p.want_hard && label && !hard_is_had) hard = cross_entropy();
     if (plan.metrics) measure();
     if (p.grad && !begun) memset(total, 0, p.classes * sizeof(Real));
     if (sizeof(Real) == 8 || good != kAll || !p.grad || squares == 0) return good;

@@ -202,7 +202,8 @@ struct Renyi : OneByOne<Renyi> {
   }
 };
 
-// The chance that both draw the same class; its logarithm is the term.
+// The chance that both draw the same class; its logarithm is the term. In double by its logarithm:
+// distributions may be so far apart that the products of their probabilities are too small.
 struct Agreement : OneByOne<Agreement> {
   static constexpr bool kConstant = false;
   double norm, shift, inverse_sum;
@@ -211,10 +212,13 @@ struct Agreement : OneByOne<Agreement> {
   template <typename V>
   KD_INLINE Terms<V> of(const Classes<V>& c) const {
     typedef decltype(c.p[0] + 0) Real;
-    const V both = c.exponent + c.exponent - c.distance;
-    const V w = exp2_any<Real>((both - (Real)shift) * (Real)kLog2E) * (Real)norm;
+    V w = c.p * c.q;
+    if constexpr (sizeof(Real) == 8) {
+      const V both = c.exponent + c.exponent - c.distance;
+      w = exp2_any<Real>((both - shift) * kLog2E) * norm;
+    }
     const V v = w * (Real)-inverse_sum;
-    return {w, v, V{}, absolute(v) * (2 * absolute(c.exponent) + 2 * absolute(c.distance) + 6)};
+    return {w, v, V{}, -8 * v};
   }
 };
 
@@ -245,7 +249,6 @@ struct Correlation : OneByOne<Correlation> {
     const V apart = b - a, scale = c.q * (Real)q_norm;
     const V rounding = c.p * (Real)p_norm + c.q * (Real)q_norm + absolute(a) + absolute(b);
     const V v = scale * (apart - b * (Real)distance);
-    return {apart * apart * (Real)0.5, v, V{},
-            scale * rounding * (4 + absolute(c.exponent) + absolute(c.distance))};
+    return {apart * apart * (Real)0.5, v, V{}, 4 * scale * rounding};
   }
 };

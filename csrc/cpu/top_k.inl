@@ -73,21 +73,39 @@ struct KnownRow {
   double mean;      // sum of v
   double value;
 
-  // The others' exponentials, and their sum.
+  // The others' exponentials, and their sum. Relative to the largest of all: that of the others
+  // takes another look, and is worth it only where theirs would be too small for Real.
   void sweep() {
-    typedef Vec<Real> V;
-    const Real masked = -INFINITY;
+    sweep(copy_of((const char*)logits, kTypeOf<Real>, p.classes, row));
+    if (sum > 0x1p-40 || sum != sum) return;
     memcpy(row, logits, p.classes * sizeof(Real));
+    for (int64_t k = 0; k < count; ++k) row[classes[k].index] = -INFINITY;
+    sweep(highest_of(row, p.classes));
+  }
+
+  void sweep(Real highest) {
+    typedef Vec<Real> V;
+    constexpr int L = Lanes<Real>::kCount;
+    const Real masked = -INFINITY;
     for (int64_t k = 0; k < count; ++k) row[classes[k].index] = masked;
-    const Real highest = highest_of(row, p.classes);
     const Exponent<Real> exponent(kLog2E / p.temperature);
     const V top = splat(reference_of(highest)), lowest = splat(lowest_number(Real()));
     WideSum<Real> total;
-    each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      const V x = part.get(row + i, masked) - top;
+    int64_t i = 0;
+    for (; i + 4 * L <= p.classes; i += 4 * L) {
+      V e[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) e[k] = at_least(load(row + i + k * L) - top, lowest);
+      exp2_scaled<Real>(e, exponent);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) store(row + i + k * L, e[k]);
+      total.add((e[0] + e[1]) + (e[2] + e[3]));
+    }
+    each<Real>(p.classes - i, [&](int64_t k, auto part) __attribute__((always_inline)) {
+      const V x = part.get(row + i + k, masked) - top;
       const V e = exp2_scaled<Real>(at_least(x, lowest), exponent);
-      part.put(row + i, e);
-      total.add(e);
+      part.put(row + i + k, e);
+      total.add(part.keep(e));
     });
     sum = total.total(), max = reference_of(highest) / p.temperature;
   }
