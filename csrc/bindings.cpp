@@ -124,8 +124,9 @@ struct Plan : KdPlan {
              static_cast<KdTail>(tail)};
   }
 
-  void set_switches(bool standardize, bool scale_by_t2, int ensemble) {
+  void set_switches(bool standardize, bool scale_by_t2, bool sum_added, int ensemble) {
     this->standardize = standardize;
+    this->sum_added = sum_added;
     this->scale_by_t2 = scale_by_t2;
     this->ensemble = static_cast<KdEnsemble>(ensemble);
   }

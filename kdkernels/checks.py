@@ -38,7 +38,7 @@ def check_tensors(
         raise ValueError(
             f"num_classes must be at most the classes of student_logits, {shape[-1]}, got {classes}"
         )
-    _check_teacher(teacher, student, options, classes)
+    _check_teacher(teacher, student, options, tensors, classes)
     if labels is not None:
         _check_labels(labels, shape[:-1])
         if labels.device != device:
@@ -63,9 +63,11 @@ def check_tensors(
             _check_per_row(name, values, options.divergence, student)
 
 
-def _check_teacher(teacher: Any, student: Tensor, options: Options, classes: int) -> None:
+def _check_teacher(
+    teacher: Any, student: Tensor, options: Options, tensors: PerRow, classes: int
+) -> None:
     if isinstance(teacher, TopKTeacher):
-        return _check_top_k(teacher, student, options)
+        return _check_top_k(teacher, student, options, tensors)
     several = isinstance(teacher, tuple)
     for k, t in enumerate(teacher) if several else [(0, teacher)]:
         name = f"teacher_logits[{k}]" if several else "teacher_logits"
@@ -97,7 +99,7 @@ def _check_teacher(teacher: Any, student: Tensor, options: Options, classes: int
     return None
 
 
-def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options) -> None:
+def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options, tensors: PerRow) -> None:
     if teacher.values.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"TopKTeacher must have the rows of student_logits, {tuple(student.shape[:-1])}, "
@@ -112,8 +114,9 @@ def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options) -> Non
     refused = {
         "standardize": options.standardize,
         "taid": options.taid is not None,
-        "logit_softcap": options.softcap is not None,
-        "logit_scale": options.teacher_scale != 1,
+        "logit_scale of the teacher": options.teacher_scale != 1,
+        "logit_bias of the teacher": "teacher_bias" in tensors,
+        "entropy_gap": options.entropy_gap != 0,
         "dist_gamma": options.intra_class > 0,
         "teacher_weights": bool(options.teacher_weights),
     }
@@ -121,8 +124,7 @@ def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options) -> Non
     tail = f"TopKTeacher(tail={teacher.tail!r})"
     if teacher.tail != "renormalize":
         refused["several temperatures"] = bool(options.temperatures)
-        for name in ("agreement", "entropy_gap"):
-            refused[name] = getattr(options, name) != 0
+        refused["agreement"] = options.agreement != 0
         refused['return_terms="metrics"'] = options.metrics
         wanted = options.teacher_temperature or options.temperature
         if teacher.temperature != wanted:

@@ -186,11 +186,12 @@ def one_minus_correlation(p: Tensor, q: Tensor) -> Tensor:
     for x in (p, q):
         x = x - x.mean(-1, keepdim=True)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        units.append(torch.where(norm > 1e-12, x / torch.where(norm > 1e-12, norm, 1.0), 0.0))
+        constant = norm <= 1e-12
+        units.append(torch.where(constant, 0.0, x / torch.where(constant, 1.0, norm)))
     p, q = units
-    constant = (p == 0).all(-1) | (q == 0).all(-1)
+    either = (p == 0).all(-1) | (q == 0).all(-1)
     # Half the squared distance of unit vectors does not cancel.
-    return torch.where(constant, 1.0, ((p - q) ** 2).sum(-1) / 2)
+    return torch.where(either, 1.0, ((p - q) ** 2).sum(-1) / 2)
 
 
 def hard(log_p: Tensor, log_q: Tensor, parameter: Parameter = 0.0) -> Tensor:

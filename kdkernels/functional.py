@@ -182,6 +182,7 @@ def kd_loss(
     taid: float | None = None,
     agreement: float = 0.0,
     entropy_gap: float = 0.0,
+    agreement_reduction: str | None = None,
     teacher_weights: Sequence[float] | None = None,
     ensemble: str = "probs",
     logit_softcap: float | None = None,
@@ -202,9 +203,15 @@ def kd_loss(
     Args:
         student_logits: (..., C), float32, bfloat16, float16 or float64. The rows may be strided;
             they are copied only if neighbouring classes are not neighbours in memory.
-        teacher_logits: (..., C), any of these dtypes, on the same device.
+        teacher_logits: (..., C), any of these dtypes, on the same device: logits, or
+            log-probabilities taken at temperature 1, as a constant of a row means nothing; a
+            :class:`kdkernels.TopKTeacher`; or several teachers, as a list of (..., C) or
+            stacked, (K, ..., C).
         labels: (...), integers in [0, C) or ``ignore_index``; None needs ``alpha=1``.
-        temperature: T > 0, dividing both logits; from 1e-6 to 1e6. Default 4.0.
+        temperature: T > 0, dividing both logits; from 1e-6 to 1e6. Several in a list are several
+            divergences (MLKD, CVPR 2023). A tensor, (...) or a scalar, has a temperature for each
+            row, T² included; where it requires grad (CTKD, arXiv:2211.16231) it gets its gradient,
+            and the reference serves. Default: 4.0, and 1.0 with ``"nkd"``, ``"dist"``, ``"hard"``.
         alpha: share of the distillation term in [0, 1]. Default 0.9. A term whose share is 0 is
             no part of the loss, whatever its value.
         ignore_index: label of rows that contribute nothing, even if they hold NaN. Default -100.
@@ -214,27 +221,52 @@ def kd_loss(
         distill_ignored: the soft term covers ignored rows too: unlabelled images. Default False.
         inplace: write the gradient over ``student_logits`` and save its memory; the logits are
             lost, and autograd told so. Default False.
-        return_terms: return ``KDTerms(loss, soft, hard)``, the terms detached. Default False.
+        return_terms: return ``KDTerms(loss, soft, hard)``, the terms detached; or ``"metrics"`` for
+            :class:`kdkernels.KDMetrics`, entropies and accuracies beside them. Default False.
         backend: None (the best that can run), ``"cpu"``, ``"cuda"``, ``"triton"`` or
             ``"reference"``; ``python -m kdkernels info`` lists what is available.
-        divergence: what stands in the place of KL(p ‖ q), by default ``"forward_kl"``:
-            ``"reverse_kl"`` KL(q ‖ p); ``"jsd"`` β KL(p ‖ m) + (1 - β) KL(q ‖ m) with
-            m = β p + (1 - β) q, which at β = 0 and 1 is forward and reverse KL (GKD,
-            arXiv:2306.13649); ``"skew_forward_kl"`` KL(p ‖ λ p + (1 - λ) q) and
-            ``"skew_reverse_kl"`` KL(q ‖ λ q + (1 - λ) p) (DistiLLM, arXiv:2402.03898);
-            ``"total_variation"`` ½ Σ|p - q|; ``"alpha"`` (Σ p^a q^(1-a) - 1) / (a (a - 1));
-            ``"renyi"`` log(Σ p^a q^(1-a)) / (a - 1); ``"dkd"`` decoupled distillation (DKD,
-            arXiv:2203.08679), dkd_alpha times the binary divergence between the label and all else
-            and dkd_beta times the divergence among all else; or a mapping of such names to weights,
-            numbers or one per row (...), for their weighted sum in the same pass.
+        divergence: what stands in the place of KL(p ‖ q), by default ``"forward_kl"``. Between the
+            two distributions: ``"reverse_kl"``, ``"jsd"``, ``"skew_forward_kl"``,
+            ``"skew_reverse_kl"``, ``"total_variation"``, ``"alpha"``, ``"renyi"``; of image
+            classification: ``"dkd"``, ``"nkd"``, ``"wsld"``, ``"dist"``, ``"hard"``. Or a mapping
+            of such names to weights, numbers or one per row (...), for their weighted sum in the
+            same pass. kdkernels/divergences.py has each in a few lines, with its paper.
         beta: β of ``"jsd"`` in [0, 1], or one per row (...). Default 0.5.
         skew: λ of the skewed divergences in [0, 1], or one per row (...). Default 0.1.
         divergence_alpha: a of ``"alpha"`` (any number; 1 and 0 are forward and reverse KL) and
             ``"renyi"`` (> 0). Default 0.5.
+        dkd_alpha, dkd_beta: weights >= 0 of the two parts of ``"dkd"``. Default 1.0, 8.0.
+        nkd_gamma: weight >= 0 of the other classes in ``"nkd"``. Default 1.5.
+        wsld_alpha: weight >= 0 of ``"wsld"``. Default 2.25.
+        dist_beta, dist_gamma: weights >= 0 of the parts of ``"dist"`` within a row and, made by
+            PyTorch, across the batch. Default 1.0 each.
         teacher_temperature: divides the teacher logits. Default: ``temperature``.
+        temperature_reduction: of several temperatures, ``"mean"`` (default) or ``"sum"``.
         scale_by_t2: multiply the divergence by T², so that its gradient does not shrink with the
             temperature. Default True.
-        dkd_alpha, dkd_beta: weights >= 0 of the two parts of ``"dkd"``. Default 1.0, 8.0.
+        standardize: logits are (v - mean) / (std + 1e-7) of their row before the division by T, in
+            the divergence alone (Sun et al. 2024, arXiv:2403.01427). Default False.
+        taid: w in [0, 1]: the teacher is (1 - w) · the student's detached logits + w · its own
+            (TAID, arXiv:2501.16937). Default None: the teacher as it is.
+        agreement: weight of -log Σ p q, p and q at temperature 1, added to the loss. Default 0.0.
+        entropy_gap: weight of (H(p) - H(q))², p and q at temperature 1, added. Default 0.0.
+        agreement_reduction: ``"sum"`` to add the sum of these two over the rows to a mean of all
+            else. Default None: as ``reduction``.
+        teacher_weights: one number >= 0 for each of several teachers. Default: all the same.
+        ensemble: several teachers are compared by the mean of their probabilities, ``"probs"``
+            (default), or of their logits, ``"logits"``; or the mean is of their losses,
+            ``"losses"``.
+        logit_softcap: c > 0: logits are c · tanh(v / c), of both models (Gemma). The values of a
+            ``TopKTeacher`` are taken as they are. Default None.
+        logit_scale: logits are multiplied with it, both or (student, teacher); before the cap.
+            Default 1.0.
+        logit_bias: (C,), added to the logits of both, or (student, teacher), None for one that has
+            none; before the scale. No gradient. Default None.
+        z_loss: weight >= 0 of log²(Σ e^s), part of the cross entropy. Default 0.0.
+        num_classes: the classes that student and teacher have in common where one of them is
+            padded: all from there on are masked in both. Default: all.
+        sample_weight: (...), >= 0, multiplies a row's loss; a mean divides by their sum. A row of
+            weight 0 is left out. Default None.
 
     Returns:
         The loss, a scalar or (...) with ``reduction="none"``: float32, or float64 for float64

@@ -24,27 +24,16 @@ class FusedKDLoss(nn.Module):
     attributes and may be changed between steps (``loss_fn.temperature = 2.0`` in a schedule).
 
     Args:
-        temperature: T > 0, dividing both logits. Default 4.0.
+        temperature: T > 0, dividing both logits. Default 4.0, or what the divergence's paper has.
         alpha: share of the distillation term in [0, 1]. Default 0.9.
-        ignore_index: label of the rows left out. Default -100.
-        label_smoothing: in [0, 1], of the cross entropy. Default 0.0.
         weight: class weights of the cross entropy, shape (C,), kept as a buffer.
-        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
-        distill_ignored: distil ignored rows too (unlabelled images). Default False.
-        inplace: write the gradient over the student logits. Default False.
-        return_terms: return ``KDTerms(loss, soft, hard)``. Default False.
-        backend: ``None`` (the best that can run), or the name of one.
         divergence: ``"forward_kl"`` (default), or another, or a mapping of names to weights.
-        beta: of ``"jsd"``. Default 0.5.
-        skew: of the skewed divergences. Default 0.1.
-        divergence_alpha: of ``"alpha"`` and ``"renyi"``. Default 0.5.
-        teacher_temperature: divides the teacher logits. Default: ``temperature``.
-        scale_by_t2: multiply the divergence by T². Default True.
-        dkd_alpha, dkd_beta: weights of the two parts of ``"dkd"``. Default 1.0, 8.0.
+        **others: all that :func:`kdkernels.kd_loss` takes but ``sample_weight``, which goes with
+            the logits.
 
     Shape:
         student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
-        Output: a scalar, or (...) with ``reduction="none"``.
+        sample_weight: (...), or None. Output: a scalar, or (...) with ``reduction="none"``.
 
     Example:
         >>> loss_fn = FusedKDLoss(temperature=4.0, alpha=0.9)
@@ -85,6 +74,7 @@ class FusedKDLoss(nn.Module):
         taid: float | None = None,
         agreement: float = 0.0,
         entropy_gap: float = 0.0,
+        agreement_reduction: str | None = None,
         teacher_weights: Sequence[float] | None = None,
         ensemble: str = "probs",
         logit_softcap: float | None = None,
@@ -103,6 +93,29 @@ class FusedKDLoss(nn.Module):
         options = self._check().options
         if temperature is None:
             self.temperature = options.temperature
+
+    @classmethod
+    def tutorial(cls, lam: float, beta: float, tau: float, **options: Any) -> FusedKDLoss:
+        """``CE + lam · E + beta · E / tau`` with ``E = -Σ_i log Σ_k p_ik q_ik``.
+
+        The composite of a tutorial on distilling image classifiers: E, over the rows of the batch,
+        is how unlikely teacher and student are to draw the same class at temperature 1, and
+        ``E / tau`` its second term. The cross entropy is a mean.
+
+        Args:
+            lam, beta: weights of the two terms.
+            tau: what the second is divided by, > 0.
+            **options: others of :class:`FusedKDLoss`.
+        """
+        if not tau > 0:
+            raise ValueError(f"tau must be a number > 0, got {tau!r}")
+        weight = lam + beta / tau
+        composite: dict[str, Any] = {
+            "alpha": 0.0,
+            "agreement": weight,
+            "agreement_reduction": "sum",
+        }
+        return cls(**(composite | options))
 
     def _check(self) -> Prepared:
         """The options as they are now."""

@@ -51,6 +51,7 @@ class Options(NamedTuple):
     taid: float | None = None  # the teacher's share
     agreement: float = 0.0
     entropy_gap: float = 0.0
+    agreement_reduction: str | None = None  # of these two; None: reduction
     intra_class: float = 0.0  # the part of DIST that lies across the batch
     ensemble: str = "probs"
     teacher_weights: tuple[float, ...] = ()  # none: all the same
@@ -269,6 +270,17 @@ def _ignore_index(value: Any) -> int:
     return int(value)
 
 
+def _agreement_reduction(value: Any, reduction: str) -> str | None:
+    if value is None or value == reduction:
+        return None
+    if (value, reduction) != ("sum", "mean"):
+        raise ValueError(
+            'agreement_reduction must be None, or "sum" beside reduction="mean", got '
+            f"{value!r} beside {reduction!r}"
+        )
+    return "sum"
+
+
 def _weights(value: Any) -> tuple[float, ...]:
     if value is None:
         return ()
@@ -299,6 +311,7 @@ def _check_options(
     taid: Any,
     agreement: Any,
     entropy_gap: Any,
+    agreement_reduction: Any,
     dist_gamma: Any,
     ensemble: Any,
     teacher_weights: Any,
@@ -346,6 +359,7 @@ def _check_options(
             None if taid is None else _share("taid", taid),
             _finite("agreement", agreement),
             _finite("entropy_gap", entropy_gap),
+            _agreement_reduction(agreement_reduction, reduction),
             intra_class if is_dist else 0.0,
             _one_of("ensemble", ensemble, ENSEMBLES),
             _weights(teacher_weights),

@@ -165,7 +165,8 @@ def _of_top_k(
     indices = teacher.indices.reshape(values.shape).long()
     if teacher.tail == "renormalize":
         log_p = torch.full_like(log_q, -torch.inf)
-        return log_p.scatter(-1, indices, F.log_softmax(values / temperature, -1)), log_q
+        logits = values * teacher.temperature
+        return log_p.scatter(-1, indices, F.log_softmax(logits / temperature, -1)), log_q
     of_q = log_q.gather(-1, indices)
     if teacher.tail == "zero" or values.shape == log_q.shape:  # there is no other class
         return values, of_q
@@ -295,7 +296,8 @@ def kd_terms(
     else:
         of_class = torch.ones_like(hard) if weight is None else weight[rows.target]
         soft_weight = torch.where(rows.soft, rows.weight, 0.0).sum()
-        soft, extra = _mean(soft, soft_weight), _mean(extra, soft_weight)
+        soft = _mean(soft, soft_weight)
+        extra = extra.sum() if o.agreement_reduction == "sum" else _mean(extra, soft_weight)
         hard = _mean(hard, torch.where(rows.hard, rows.weight * of_class, 0.0).sum())
     # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
     parts = [w * term for w, term in ((o.alpha, soft), (1 - o.alpha, hard)) if w != 0]

@@ -22,13 +22,12 @@ class TopKTeacher:
         indices: (..., k), integers: their classes, in [0, C) and none twice in a row. A class that
             is to be left out (a row with fewer than k) has the value -inf.
         tail: what stands for the other C - k classes. ``"renormalize"`` (default): nothing, the k
-            entries are a distribution by themselves: values are divided by the temperature and
-            normalised, so that logits and log-probabilities are the same. ``"bucket"``: one more
-            class that holds the remaining mass, on both sides. ``"zero"``: nothing, and the sum
-            runs over the k entries as they are. The last two need log-probabilities that were
-            taken at the temperature of the loss.
-        temperature: at which log-probabilities were taken. Default 1.0. With ``"renormalize"`` it
-            plays no part.
+            entries are a distribution by themselves: values are brought to the temperature of the
+            loss and normalised, so that logits and log-probabilities are the same. ``"bucket"``:
+            one more class that holds the remaining mass, on both sides. ``"zero"``: nothing, and
+            the sum runs over the k entries as they are. The last two need log-probabilities that
+            were taken at the temperature of the loss.
+        temperature: by which the teacher's logits were divided for these values. Default 1.0.
 
     Raises:
         TypeError, ValueError: shapes or dtypes that do not fit; indices are looked at by the loss.

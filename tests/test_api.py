@@ -47,6 +47,7 @@ DEFAULTS = {
     "taid": None,
     "agreement": 0.0,
     "entropy_gap": 0.0,
+    "agreement_reduction": None,
     "teacher_weights": None,
     "ensemble": "probs",
     "logit_softcap": None,

@@ -46,7 +46,16 @@ def test_a_unit_shares_one_function_and_nothing_inline(name, tmp_path):
     assert shared == [f"kd_rows_{name}"]
     assert not [name for name in kinds if name.startswith("GLOBAL__")]
     imported = {name for name, kind in kinds.items() if kind == "U"}
-    assert imported <= {"exp", "expm1", "log", "log1p", "sqrt", "memcpy", "memset", "stack_chk_fail"}
+    assert imported <= {
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "sqrt",
+        "memcpy",
+        "memset",
+        "stack_chk_fail",
+    }
 
 
 def test_importing_does_not_change_how_floats_behave():

@@ -64,7 +64,7 @@ struct KdPlan {
   KdTeacher teacher[kMaxTeachers];
   KdEnsemble ensemble;
   KdTopK top_k;
-  bool standardize, scale_by_t2;
+  bool standardize, scale_by_t2, sum_added;
   double softcap;  // 0: none
   double student_scale, teacher_scale;
   const double *student_bias, *teacher_bias;      // [classes], or null
@@ -72,8 +72,9 @@ struct KdPlan {
   const double *row_temperature, *sample_weight;  // [rows], or null
   double* metrics;  // [rows][4]: entropies of student and teacher, agreement, accuracy; or null
 
-  // Filled in by kd_run: what a row's share of the gradient is multiplied with.
-  double soft_scale, added_scale;
+  // Filled in by kd_run: what a row's share of the gradient is multiplied with, and what the mean
+  // of `added` divides by.
+  double soft_scale, added_scale, added_rows;
   double* added;  // [rows]
 };
 

@@ -220,7 +220,8 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   p.scales.hard_scale = (1 - p.alpha) / hard_rows;
   const double own = p.plan ? largest_of(p.plan->sample_weight, p.rows, 1) : 1;
   const double scaled = p.plan ? std::max(p.plan->student_scale, 1.0) * own : 1;
-  const double of_soft = p.plan ? 1 / soft_rows : p.scales.soft_scale;
+  const double summed = p.plan && p.plan->sum_added ? 1 : 1 / soft_rows;
+  const double of_soft = p.plan ? summed : p.scales.soft_scale;
   const double grad_scale =
       p.grad && p.student_dtype == kFloat16
           ? float16_scale(of_soft * largest_gradient(p) * scaled,
@@ -236,7 +237,8 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   if (p.plan) {
     p.plan->added = terms.data() + 2 * p.rows;
     p.plan->soft_scale = p.alpha / soft_rows * grad_scale;
-    p.plan->added_scale = grad_scale / soft_rows;
+    p.plan->added_rows = p.plan->sum_added ? 1 : soft_rows;
+    p.plan->added_scale = grad_scale / p.plan->added_rows;
   }
 
   ask_for_huge_pages(p);
@@ -248,7 +250,7 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
     const double soft = rows ? p.soft[i] : sum(p.soft, p.rows) / soft_rows;
     const double hard = rows ? p.hard[i] : sum(p.hard, p.rows) / hard_rows;
     double loss = blend(p.alpha, soft, hard);
-    if (p.plan) loss += rows ? p.plan->added[i] : sum(p.plan->added, p.rows) / soft_rows;
+    if (p.plan) loss += rows ? p.plan->added[i] : sum(p.plan->added, p.rows) / p.plan->added_rows;
     put(out.loss, out.in_float64, i, loss);
     put(out.soft, out.in_float64, i, soft);
     put(out.hard, out.in_float64, i, hard);

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from kdkernels.backends.base import Backend, Result
+from kdkernels.backends.base import NOT_COMPILED, Backend, Result
 from kdkernels.backends.cpu import CPUBackend, PlainCPUBackend
 from kdkernels.backends.cuda import CUDABackend
 from kdkernels.backends.reference import ReferenceBackend
@@ -69,9 +69,12 @@ def _why_not(
     features: frozenset[str],
 ) -> str | None:
     reason = backend.why_not(device, student_dtype, teacher_dtype)
-    if reason is None and backend.features is not None and features - backend.features:
-        return f"it has no kernel yet for {', '.join(sorted(features - backend.features))}"
-    return reason
+    if reason is not None or backend.name == "reference":
+        return reason
+    missing = features & NOT_COMPILED
+    if backend.features is not None:
+        missing = features - backend.features
+    return f"it has no kernel yet for {', '.join(sorted(missing))}" if missing else None
 
 
 def report() -> list[tuple[str, bool, str]]:

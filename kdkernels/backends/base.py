@@ -58,6 +58,10 @@ def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -
     return grad.mul_(factor).masked_fill_(nothing, 0)
 
 
+# Of what can be asked for, what is left to PyTorch: only the reference has it.
+NOT_COMPILED = frozenset({"a temperature that requires grad"})
+
+
 class Backend(Protocol):
     """One implementation of the loss. Inputs of ``run`` have been checked."""
 

@@ -105,7 +105,7 @@ def empty_cache() -> int:
 class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
-    features: frozenset[str] | None = None  # but for why_not's
+    features: frozenset[str] | None = None
 
     def unavailable(self) -> str | None:
         return None if _cpu is not None else why_not_built("cpu", _import_error)

@@ -70,7 +70,12 @@ def plan_of(student: Tensor, teacher: Teacher, options: Options, tensors: PerRow
         _pointer(wide.get("sample_weight")),
         _pointer(plan.metrics),
     )
-    plan.native.set_switches(options.standardize, options.scale_by_t2, ENSEMBLES[options.ensemble])
+    plan.native.set_switches(
+        options.standardize,
+        options.scale_by_t2,
+        options.agreement_reduction == "sum",
+        ENSEMBLES[options.ensemble],
+    )
     return plan
 
 
@@ -112,7 +117,10 @@ def _add_passes(plan: Plan, options: Options, wide: PerRow) -> None:
 def _add_teachers(plan: Plan, teacher: Teacher, options: Options) -> None:
     if isinstance(teacher, TopKTeacher):
         k = teacher.values.shape[-1]
-        values, indices = _kept(plan, teacher.values), teacher.indices.long().contiguous()
+        values, indices = teacher.values, teacher.indices.long().contiguous()
+        if teacher.tail == "renormalize":
+            values = values.double() * teacher.temperature
+        values = _kept(plan, values)
         plan.kept.append(indices)
         tail = TAILS.index(teacher.tail)
         plan.native.set_top_k(values.data_ptr(), indices.data_ptr(), k, tail)
