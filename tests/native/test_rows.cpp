@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/run.h"
+#include "plans.h"
 
 namespace {
 
@@ -268,6 +269,14 @@ int main() {
         for (const bool grad : {false, true}) {
           failed +=
               !check_divergence(static_cast<KdDivergence>(kind), classes, dtype, grad, random);
+          ++done;
+        }
+  for (int64_t classes : {1, 2, 5, 16, 17, 31, 129, 2048, 2049, 4133})
+    for (int kind = 0; kind < kPlanKinds; ++kind)
+      for (const KdDtype dtype : {kFloat32, kFloat64})
+        for (const bool grad : {false, true}) {
+          const bool inplace = random() % 2;
+          failed += !check_plan(static_cast<PlanKind>(kind), classes, dtype, grad, inplace, random);
           ++done;
         }
   // Labels out of range are reported before anything is written.
