@@ -327,6 +327,28 @@ def test_masked_classes(backend, name, c):
 
 
 @backend
+@pytest.mark.parametrize("a", [-1.5, 0.5, 3.0])
+def test_a_class_masked_in_both_is_nothing_at_two_temperatures(backend, a):
+    """Powers outside [0, 1] of no mass at all, further apart the more the temperatures differ."""
+    s, t, y = inputs(3, 8)
+    y[:] = 1
+    options = {"divergence": "alpha", "divergence_alpha": a, "backend": backend}
+    options |= {"temperature": 1.0, "alpha": 1.0}
+    for of_teacher in (0.5, 4.0):
+        small = s[:, :5].clone().requires_grad_()
+        expected = kd_loss(small, t[:, :5], y, teacher_temperature=of_teacher, **options)
+        expected.backward()
+        x = s.clone()
+        x[:, 5:], t[:, 5:] = -INF, -INF
+        x.requires_grad_()
+        got = kd_loss(x, t, y, teacher_temperature=of_teacher, **options)
+        got.backward()
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(x.grad[:, :5], small.grad)
+        assert x.grad[:, 5:].eq(0).all()
+
+
+@backend
 @pytest.mark.parametrize(("order", "infinite"), [(1.5, (True, False)), (-0.5, (False, True))])
 def test_powers_outside_0_and_1_are_infinite_as_kls_are(backend, order, infinite):
     s, t, y = inputs(3, 9)

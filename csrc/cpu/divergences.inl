@@ -104,7 +104,9 @@ void measure(const KdProblem& p, const Sums<Real>& sums, const S* student, const
   auto step = [&](V x, V y, Real* d, Real* e) __attribute__((always_inline)) {
     const V ds = at_least(x - student_max, lowest), dt = at_least(y - teacher_max, lowest);
     const V a = ds * (Real)inverse;
-    store(d, equal ? (ds - dt) * (Real)inverse : a - dt * (Real)teacher_inverse);
+    // Masked in both: as far from each other as any classes of no mass.
+    const V apart = dt == lowest && ds == lowest ? V{} : a - dt * (Real)teacher_inverse;
+    store(d, equal ? (ds - dt) * (Real)inverse : apart);
     store(e, a);
   };
   int64_t i = 0;
