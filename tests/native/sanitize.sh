@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 cxx=${CXX:-c++}
-flags="-std=c++17 -O1 -g -fno-omit-frame-pointer -Wno-psabi -Icsrc
+flags="-std=c++17 -O1 -g1 -fno-omit-frame-pointer -Wno-psabi -Icsrc
        -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 jobs=()
