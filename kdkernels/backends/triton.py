@@ -86,7 +86,7 @@ GENERAL = (
     Regime(math.inf, 1024, False, 4),
 )
 GENERAL_DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 512, False, 2))
-GENERAL_AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 512, False, 2))
+GENERAL_AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 256, False, 1))
 
 
 # Of ``Options.features``.
@@ -464,9 +464,9 @@ class _Launch:
         asked = kernels.Asked(
             distill_ignored=options.distill_ignored,
             soft=self.soft,
-            soft_grad=options.alpha > 0,
+            soft_grad=options.alpha > 0 and grad is not None,
             power=power,
-            hard_grad=self.hard and options.alpha < 1,
+            hard_grad=self.hard and options.alpha < 1 and grad is not None,
             smooth=self.hard and options.label_smoothing > 0,
             weighted=self.weight is not None,
             grad=grad is not None,

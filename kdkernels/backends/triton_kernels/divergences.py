@@ -365,19 +365,23 @@ def _add_between(b, s, t, x, power, power_squares, columns, sums, tile, batch, a
     of_powers, of_powers_at = b.power_squares, b.power_squares_at
     is_at = columns[None, :] == sums.at[:, None]
     is_label = columns[None, :] == tile.label[:, None]
-    if asked.grad:
+    judged: tl.constexpr = asked.soft_grad and batch.temperature.dtype != s.dtype
+    if asked.soft_grad:
         more, more_at = _apart(x.v, is_at, batch)
         v, v_at = v + more, v_at + more_at
+        if asked.hard_grad:
+            v_label += _total(tl.where(is_label, x.v, 0.0), batch)
+    if judged:
         more, more_at = _apart(x.squares, is_at, batch)
         squares, squares_at = squares + more, squares_at + more_at
-        v_label += _total(tl.where(is_label, x.v, 0.0), batch)
     if asked.mixture.renyi:
         more, more_at = _apart(power, is_at, batch)
         powers, powers_at = powers + more, powers_at + more_at
-        if asked.grad:
+        if asked.hard_grad:
+            powers_label += _total(tl.where(is_label, power, 0.0), batch)
+        if judged:
             more, more_at = _apart(power_squares, is_at, batch)
             of_powers, of_powers_at = of_powers + more, of_powers_at + more_at
-            powers_label += _total(tl.where(is_label, power, 0.0), batch)
     with_mass = tl.where(s > float("-inf"), t, float("inf"))
     return Between(
         b.value + _total(x.value, batch),
