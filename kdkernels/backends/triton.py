@@ -85,14 +85,14 @@ GENERAL = (
     Regime(1024, 1024, True, 4),
     Regime(math.inf, 1024, False, 4),
 )
-GENERAL_DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 512, False, 2))
+GENERAL_DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 256, False, 1))
 GENERAL_AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 256, False, 1))
 
 
 # Of ``Options.features``.
 FEATURES = frozenset(
     {
-        *(f"divergence {name}" for name in mixture.WEIGHTS),
+        *(f"divergence {name}" for name in (*mixture.WEIGHTS, "dkd")),
         "a teacher_temperature of its own",
         "scale_by_t2=False",
     }
@@ -458,6 +458,7 @@ class _Launch:
         flags = source.new_empty(self.count, dtype=torch.int8) if again else None
         address("student_logits", source)
         address("teacher_logits", self.teacher)
+        compiled = self.general.compiled if self.general else None
         power = 0
         if self.hard:
             power = int(self.temperature) if self.temperature in (1, 2, 3, 4) else -1
@@ -472,7 +473,8 @@ class _Launch:
             grad=grad is not None,
             inplace=inplace,
             two_levels=any(r[0] != 1 for r in (student_rows, self.teacher_rows, grad_rows)),
-            mixture=kernels.Mixture(*self.general.compiled) if self.general else None,
+            mixture=kernels.Mixture(*compiled) if compiled else None,
+            decoupled=compiled == (),
         )
         arguments = (
             source,

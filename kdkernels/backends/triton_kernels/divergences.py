@@ -19,6 +19,7 @@ from kdkernels.backends.triton_kernels.state import (
     EPSILON,
     FACTOR,
     PARAMETERS,
+    Factors,
     Terms,
 )
 from kdkernels.backends.triton_kernels.sums import (
@@ -475,6 +476,16 @@ def _v_again(s, t, es, et, sums, row, vees, batch, asked):
     c = _classes(s, t, es, et, sums, row, batch)
     power, _ = _powers(c, row, asked)
     return _v(_compare(c, row, asked).v, power, vees, asked)
+
+
+@triton.jit
+def _mixture_factors(f, vees, batch):
+    """Of q, and of v: the gradient is their difference."""
+    mean = vees.others + vees.at
+    zero = mean * 0
+    return Factors(
+        -f.student * mean, zero - batch.soft_scale, f.hard, f.smooth, f.smooth_total, f.label
+    )
 
 
 @triton.jit

@@ -7,8 +7,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.backends.triton_kernels.decoupled import (
+    _decouple,
+    _decoupled_entries,
+    _decoupled_error,
+    _decoupled_factors,
+)
 from kdkernels.backends.triton_kernels.divergences import (
     _mixture_error,
+    _mixture_factors,
     _mixture_loss,
     _sweep_between,
     _tile_between,
@@ -43,7 +50,6 @@ from kdkernels.backends.triton_kernels.state import (
     TEMPERATURE,
     WEIGHT_SUM,
     Batch,
-    Factors,
     Tile,
     _blend,
     _put,
@@ -71,25 +77,33 @@ def _terms(sums, tile, s_label, w, batch, asked):
 @triton.jit
 def _conclude(sums, row, between, tile, s_label, w, batch, asked, REAL: tl.constexpr):
     """The two terms, and whether float32 is not good enough for them."""
-    soft, hard = _terms(sums, tile, s_label, w, batch, asked)
-    factor = batch.temperature * batch.temperature
-    if asked.mixture is not None:
-        soft, factor = _mixture_loss(sums, between, row, batch, asked)
-        soft = tl.where(tile.active, soft, 0.0)
+    if asked.decoupled:
+        soft, hard, factor = between.soft, between.hard, between.off
+    else:
+        soft, hard = _terms(sums, tile, s_label, w, batch, asked)
+        factor = batch.temperature * batch.temperature
+        if asked.mixture is not None:
+            soft, factor = _mixture_loss(sums, between, row, batch, asked)
+            soft = tl.where(tile.active, soft, 0.0)
     return soft, hard, tile.active & _loss_at_risk(sums, soft, factor, batch, REAL)
 
 
 @triton.jit
-def _prepare(sums, vees, tile, keep, s_label, w, batch, asked):
+def _prepare(sums, between, vees, tile, keep, s_label, w, batch, asked):
     """The factors of the gradient, its entries that cancel, and what it has to be in size."""
-    f = _factors(sums, tile, w, batch, asked)
-    if asked.mixture is not None and asked.soft_grad:
-        mean = vees.others + vees.at
-        f = Factors(-f.student * mean, mean * 0 - batch.soft_scale, *f[2:])
-    entries = _entries(sums, vees, f, tile, keep, s_label, w, batch, asked)
+    if asked.decoupled:
+        f = _decoupled_factors(between, sums, w, batch, asked)
+        entries = _decoupled_entries(between, sums, f, tile, keep, s_label, batch, asked)
+    else:
+        f = _factors(sums, tile, w, batch, asked)
+        if asked.mixture is not None and asked.soft_grad:
+            f = _mixture_factors(f, vees, batch)
+        entries = _entries(sums, vees, f, tile, keep, s_label, w, batch, asked)
     error = sums.student * 0
     if asked.soft_grad:
-        if asked.mixture is not None:
+        if asked.decoupled:
+            error = _decoupled_error(between, sums, f, entries)
+        elif asked.mixture is not None:
             error = _mixture_error(sums, vees, entries.not_q, entries.sure >= 0, batch)
         else:
             error = _soft_error(sums, f, entries, entries.sure >= 0)
@@ -108,12 +122,14 @@ def _visit_tile(tile, columns, batch, asked, R: tl.constexpr):
     row, between, vees = sums, sums, sums
     if asked.mixture is not None:
         row, between, vees, et = _tile_between(s, t, es, et, sums, columns, tile, batch, asked)
+    if asked.decoupled:
+        between = _decouple(sums, tile, s_label, w, batch, asked)
     soft, hard, loss_risk = _conclude(
         sums, row, between, tile, s_label, w, batch, asked, tl.float32
     )
     risk = loss_risk
     if asked.grad:
-        f, entries, needed = _prepare(sums, vees, tile, tile.active, s_label, w, batch, asked)
+        f, entries, needed = _prepare(sums, between, vees, tile, tile.active, s_label, w, batch, asked)
         g = _gradient(es, et, e1, f, entries, columns, batch, asked, tl.float32)
         squares = _squares(g, columns, batch)
         vanishes = _may_vanish(sums, tile, asked) & (squares == 0)
@@ -143,11 +159,13 @@ def _visit_blocks(tile, batch, asked, REAL: tl.constexpr, R: tl.constexpr, BLOCK
     row, between, vees = sums, sums, sums
     if asked.mixture is not None:
         row, between, vees = _sweep_between(tile, sums, batch, asked, REAL, BLOCK)
+    if asked.decoupled:
+        between = _decouple(sums, tile, s_label, w, batch, asked)
     soft, hard, loss_risk = _conclude(sums, row, between, tile, s_label, w, batch, asked, REAL)
     risk = loss_risk
     if asked.grad:
         keep = tile.active & ~risk
-        f, entries, needed = _prepare(sums, vees, tile, keep, s_label, w, batch, asked)
+        f, entries, needed = _prepare(sums, between, vees, tile, keep, s_label, w, batch, asked)
         may_vanish = _may_vanish(sums, tile, asked)
         judged: tl.constexpr = batch.temperature.dtype != REAL
         squares = tl.zeros([R], batch.temperature.dtype)
