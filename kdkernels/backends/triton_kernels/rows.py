@@ -194,6 +194,9 @@ def _load_batch(scales, per_row, weight, classes, asked):
     if asked.weighted:
         weight_or_any = weight
     temperature = tl.load(scales + TEMPERATURE)
+    alpha, smoothing = tl.load(scales + ALPHA), tl.load(scales + SMOOTHING)
+    weight_sum = tl.load(scales + WEIGHT_SUM)
+    soft_scale, hard_scale = tl.load(scales + SOFT_SCALE), tl.load(scales + HARD_SCALE)
     high = tl.load(scales + EXPONENT_HIGH).to(tl.float32)
     low = tl.load(scales + EXPONENT_LOW).to(tl.float32)
     teacher_temperature, teacher_high, teacher_low = temperature, high, low
@@ -203,11 +206,11 @@ def _load_batch(scales, per_row, weight, classes, asked):
         teacher_low = tl.load(scales + TEACHER_LOW).to(tl.float32)
     return Batch(
         temperature,
-        tl.load(scales + ALPHA),
-        tl.load(scales + SMOOTHING),
-        tl.load(scales + WEIGHT_SUM),
-        tl.load(scales + SOFT_SCALE),
-        tl.load(scales + HARD_SCALE),
+        alpha,
+        smoothing,
+        weight_sum,
+        soft_scale,
+        hard_scale,
         high,
         low,
         weight_or_any,
