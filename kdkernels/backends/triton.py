@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends import mixture
+from kdkernels.backends import triton_mixture
 from kdkernels.backends.base import Result
-from kdkernels.backends.mixture import single
 from kdkernels.backends.native import address, laid_out
 from kdkernels.backends.reference import check_labels
+from kdkernels.backends.triton_mixture import in_two_parts
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ GENERAL_AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 256, False, 1))
 # Of ``Options.features``.
 FEATURES = frozenset(
     {
-        *(f"divergence {name}" for name in (*mixture.WEIGHTS, "dkd")),
+        *(f"divergence {name}" for name in (*triton_mixture.WEIGHTS, "dkd")),
         "a teacher_temperature of its own",
         "scale_by_t2=False",
     }
@@ -350,12 +350,12 @@ class _Launch:
             self.weight = weight.detach().to(self.wide).resolve_neg().contiguous()
         # Without a divergence the temperature plays no part, and e^s is the only exponential.
         self.temperature = options.temperature if self.soft else 1.0
-        self.general: mixture.General | None = None
+        self.general: triton_mixture.General | None = None
         self.per_row: tuple[Tensor | None, ...] | None = None
         if self.soft and (options.features or tensors):
-            self.general = mixture.general(options, frozenset(tensors))
+            self.general = triton_mixture.general(options, frozenset(tensors))
             wide = {name: self.wide_rows(tensors[name]) for name in tensors}
-            self.per_row = tuple(wide.get(name) for name in mixture.PER_ROW) + (None,)
+            self.per_row = (*(wide.get(name) for name in triton_mixture.PER_ROW), None)
 
     def wide_rows(self, values: Tensor) -> Tensor:
         return values.detach().to(self.wide).resolve_neg().contiguous()
@@ -389,7 +389,7 @@ class _Launch:
             )
         exponent = math.log2(math.e) / self.temperature
         numbers = [self.temperature, options.alpha, options.label_smoothing]
-        numbers += [single(exponent), single(exponent - single(exponent))]
+        numbers += in_two_parts([exponent])
         numbers += [self.temperature if options.scale_by_t2 else 1 / self.temperature]
         float16 = want_grad and self.student.dtype == torch.float16
         scales = self.general_numbers(float16)
@@ -422,11 +422,11 @@ class _Launch:
         largest = self.general.largest if float16 else ()
         kernels.numbers_kernel[(1,)](
             scales,
-            mixture.in_two_parts(self.general.numbers),
+            in_two_parts(self.general.numbers),
             largest,
             self.per_row,
             self.count,
-            FIRST_WEIGHT=mixture.FIRST_WEIGHT,
+            FIRST_WEIGHT=triton_mixture.FIRST_WEIGHT,
             WIDE=_wide(self.has_double),
             BLOCK=COUNTED,
         )

@@ -134,9 +134,7 @@ def _decoupled_factors(d, sums, w, batch, asked):
         teacher = _over(d.of_others, sums.teacher + sums.teacher_ones)
     if asked.hard_grad:
         label = batch.hard_scale * w * d.not_label
-    return Factors(
-        student, teacher, _over(label, sums.hard + sums.student_ones), zero, zero, label
-    )
+    return Factors(student, teacher, _over(label, sums.hard + sums.student_ones), zero, zero, label)
 
 
 @triton.jit

@@ -537,7 +537,7 @@ def _largest_exponent(tile, sums, row, batch, asked, REAL: tl.constexpr, BLOCK: 
 def _sweep_between(tile, sums, batch, asked, REAL: tl.constexpr, BLOCK: tl.constexpr):
     """Of rows of any length."""
     row = _row(sums, tile, batch, asked)
-    if asked.mixture.renyi and REAL == tl.float64:
+    if asked.mixture.renyi and tl.float64 == REAL:
         shift = _largest_exponent(tile, sums, row, batch, asked, REAL, BLOCK)
         row = Row(row.to_p, row.to_q, row.constant, row.norm, shift, row.terms)
     b = _no_between(sums)

@@ -129,7 +129,9 @@ def _visit_tile(tile, columns, batch, asked, R: tl.constexpr):
     )
     risk = loss_risk
     if asked.grad:
-        f, entries, needed = _prepare(sums, between, vees, tile, tile.active, s_label, w, batch, asked)
+        f, entries, needed = _prepare(
+            sums, between, vees, tile, tile.active, s_label, w, batch, asked
+        )
         g = _gradient(es, et, e1, f, entries, columns, batch, asked, tl.float32)
         squares = _squares(g, columns, batch)
         vanishes = _may_vanish(sums, tile, asked) & (squares == 0)
@@ -173,13 +175,17 @@ def _visit_blocks(tile, batch, asked, REAL: tl.constexpr, R: tl.constexpr, BLOCK
             # Rehearsed, as a row that is at risk must not be overwritten before it is swept again.
             for first in range(0, batch.classes, BLOCK):
                 columns = first + tl.arange(0, BLOCK)
-                g = _gradient_block(sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL)
+                g = _gradient_block(
+                    sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL
+                )
                 squares += _squares(g, columns, batch)
             risk = risk | (keep & (needed > squares) & ~(may_vanish & (squares == 0)))
             keep = tile.active & ~risk
         for first in range(0, batch.classes, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            g = _gradient_block(sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL)
+            g = _gradient_block(
+                sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL
+            )
             if judged and not asked.inplace:
                 squares += _squares(g, columns, batch)
             _store(tile.grad, g, columns, keep, keep | tile.idle, batch.classes)

@@ -49,14 +49,14 @@ class General(NamedTuple):
     largest: tuple[float, ...]  # by weight
 
 
-def single(value: float) -> float:
+def _single(value: float) -> float:
     """The nearest float32."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 def in_two_parts(values: Collection[float]) -> tuple[float, ...]:
     """Each as two float32 that add up to it: Triton passes no others."""
-    return tuple(part for v in values for part in (single(v), single(v - single(v))))
+    return tuple(part for v in values for part in (_single(v), _single(v - _single(v))))
 
 
 @functools.lru_cache(maxsize=256)
@@ -65,9 +65,9 @@ def general(options: Options, per_row: frozenset[str]) -> General:
     own = options.teacher_temperature
     teacher = options.temperature if own is None else own
     exponent = math.log2(math.e) / teacher
-    high = single(exponent)
+    high, low = in_two_parts([exponent])
     factor = options.temperature**2 if options.scale_by_t2 else 1.0
-    first = (factor, teacher, high, exponent - high)
+    first = (factor, teacher, high, low)
     term = options.divergence[0]
     if term.name == "dkd":
         weights = (term.weight * term.parameter, term.weight * term.second)
