@@ -766,12 +766,14 @@ def resources(kernel):
 PLAIN = Options(4.0, 0.9, -100, 0.0, "mean", False)
 FULL = Options(2.5, 0.9, -100, 0.1, "mean", True)
 results = []
-def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, labels=True):
+def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, labels=True,
+           per_row=()):
     compiled.clear()
     s, t = (torch.zeros(rows, classes, dtype=dtype) for _ in range(2))
     y = torch.zeros(rows, dtype=torch.long) if labels else None
     one = backend.TritonBackend()
-    result = one.run(s, t, y, weight, options, False, True, inplace, {})
+    tensors = dict.fromkeys(per_row, torch.ones(rows))
+    result = one.run(s, t, y, weight, options, False, True, inplace, tensors)
     one.scale(result.grad, torch.tensor(1.0), result.grad_scale)
     for name, kernel in compiled:
         results.append({"case": case, "kernel": name, "classes": classes, "dtype": str(dtype)[6:],
@@ -787,8 +789,9 @@ if sys.argv[1] != "sm_80":
     for classes, dtype in ((256, torch.float32), (32000, torch.bfloat16), (32000, torch.float64)):
         launch("mixture", classes, dtype, every)
     one = PLAIN._replace(divergence=(Term("jsd", 1.0, 0.5),))
-    for classes, inplace in ((16, False), (1024, False), (31999, True)):
-        launch("jsd", classes, torch.float32, one, inplace=inplace)
+    for classes, dtype in ((16, torch.float32), (1024, torch.float16)):
+        launch("jsd", classes, dtype, one)
+    launch("jsd", 31999, torch.float32, one, inplace=True, per_row=("jsd", "beta"))
     decoupled = PLAIN._replace(divergence=(Term("dkd", 1.0, 1.0, 8.0),))
     for classes in (64, 1024, 32000):
         launch("decoupled", classes, torch.float32, decoupled)

@@ -42,20 +42,33 @@ def test_value_and_gradient(name):
     for n, c in ONE_OF_EACH:
         check(*inputs(n, c), name)
     for value in PARAMETERS.get(OPTION.get(name), ()):
-        check(*inputs(3, 20, 1.0), name, value, temperature=1.0, alpha=1.0)
+        check(*inputs(2, 15, 1.0), name, value, temperature=1.0, alpha=1.0)
 
 
 @names
 @pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
 def test_every_dtype(name, dtype):
-    for n, c in ((3, 30), (2, 300)):
-        check(*inputs(n, c, dtype=dtype), name, temperature=2.0)
+    check(*inputs(3, 30, dtype=dtype), name, temperature=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
+def test_every_dtype_in_blocks(dtype):
+    check(*inputs(1, 1100, dtype=dtype), "jsd", temperature=2.0)
 
 
 @names
 def test_a_student_next_to_its_teacher_is_done_again_in_double(name):
     s, t, y = inputs(2, 30)
     check(s, s + 1e-4 * t, y, name, temperature=2.0, alpha=1.0)
+
+
+def test_probabilities_that_are_the_same_in_float32_alone():
+    """All of float32's gradient is 0, and the gradient is not."""
+    t, _, y = inputs(1, 30)
+    t[0, 0] = 2.0**-24
+    s = t.clone()
+    s[0, 0] = 2.0**-23
+    check(s, t, y, "total_variation", alpha=1.0)
 
 
 @pytest.mark.parametrize("name", HARD_CASES)
@@ -74,7 +87,7 @@ def test_in_place_what_is_to_be_done_again_has_not_been_overwritten(name, c):
 
 @names
 def test_two_temperatures_and_no_square(name):
-    s, t, y = inputs(3, 20)
+    s, t, y = inputs(3, 12)
     term = [(name, 1.0, DEFAULT.get(OPTION.get(name)))]
     for own in (3.5, 0.7):
         options = {"temperature": 2.0, "teacher_temperature": own, "scale_by_t2": False}
@@ -169,11 +182,10 @@ def test_classes_masked_in_both_have_no_power_at_two_temperatures():
 @names
 def test_distributions_far_apart_stay_finite(name):
     """No power of Renyi's can be represented beside 1, and no mixture's logarithm may be of 0."""
-    for n, c in ((2, 40), (1, 1100)):
-        s, t, y = inputs(n, c, 40.0)
-        loss, *_, grad = value_and_grad("triton", s, t, y, divergence=name, temperature=0.05)
-        assert torch.isfinite(loss)
-        assert torch.isfinite(grad).all()
+    s, t, y = inputs(2, 40, 40.0)
+    loss, *_, grad = value_and_grad("triton", s, t, y, divergence=name, temperature=0.05)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(grad).all()
 
 
 @pytest.mark.parametrize("name", [*divergences.FORMULAS, "dkd"])

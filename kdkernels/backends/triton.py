@@ -426,7 +426,6 @@ class _Launch:
             largest,
             self.per_row,
             self.count,
-            FIRST_WEIGHT=triton_mixture.FIRST_WEIGHT,
             WIDE=_wide(self.has_double),
             BLOCK=COUNTED,
         )

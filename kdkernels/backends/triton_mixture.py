@@ -40,7 +40,6 @@ ENDS = {
     ("alpha", 1.0): "forward_kl",
     ("renyi", 1.0): "forward_kl",
 }
-FIRST_WEIGHT = 4  # of the numbers
 
 
 class General(NamedTuple):

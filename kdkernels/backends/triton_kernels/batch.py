@@ -16,6 +16,7 @@ from kdkernels.backends.triton_kernels.state import (
     HARD_SCALE,
     LARGEST,
     NUMBERS,
+    PARAMETERS,
     SMOOTHING,
     SOFT_ROWS,
     SOFT_SCALE,
@@ -113,10 +114,9 @@ def _float16_scale(bound):
 def numbers_kernel(
     scales,
     numbers,  # a tuple of pairs: each number in two float32 parts, as Triton would round it to one
-    largest,  # of a row's gradient for a weight of 1, by divergence
-    weights,  # by divergence: [rows], or None
+    largest,  # of a row's gradient for a weight of 1, by divergence; none where nobody asks
+    weights,  # Terms, [rows] each or None
     rows,
-    FIRST_WEIGHT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -126,11 +126,8 @@ def numbers_kernel(
         tl.store(scales + NUMBERS + i, number)
     total = tl.zeros([], WIDE)
     for i in tl.static_range(len(largest)):
-        weight = tl.abs(
-            tl.zeros([], WIDE)
-            + numbers[2 * (FIRST_WEIGHT + i)]
-            + numbers[2 * (FIRST_WEIGHT + i) + 1]
-        )
+        at: tl.constexpr = 2 * (PARAMETERS - NUMBERS + i)
+        weight = tl.abs(tl.zeros([], WIDE) + numbers[at] + numbers[at + 1])
         if weights[i] is not None:
             weight = _largest(weights[i], rows, WIDE, BLOCK)
         total += weight * largest[i]

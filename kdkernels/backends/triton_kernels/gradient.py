@@ -221,7 +221,7 @@ def _needed_squares(sums, f, entries, error, tile, asked):
 @triton.jit
 def _may_vanish(sums, tile, asked):
     """Whether the gradient may be exactly 0: teacher = student, and nothing else is asked for."""
-    equal = sums.cross == 0
+    equal = (sums.cross == 0) & (asked.mixture is None)
     if asked.hard_grad:
         equal = equal & ~tile.hard
     return equal
