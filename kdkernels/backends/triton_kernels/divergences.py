@@ -288,16 +288,20 @@ def _classes(s, t, es, et, sums, row, batch):
 
 
 @triton.jit
+def _times(weight, x):
+    # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
 def _plus(total, weight, terms):
     """With one more divergence, of the row's weight."""
     w = weight.to(terms[1].dtype)[:, None]
-    # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
-    on = w != 0
-    off = tl.where(on, w * terms[3], 0.0)
+    off = _times(w, terms[3])
     return Compared(
-        total.value + tl.where(on, w * terms[0], 0.0),
-        total.v + tl.where(on, w * terms[1], 0.0),
-        total.constant + tl.where(on, w * terms[2], 0.0),
+        total.value + _times(w, terms[0]),
+        total.v + _times(w, terms[1]),
+        total.constant + _times(w, terms[2]),
         total.squares + off * off,
     )
 
@@ -406,7 +410,33 @@ def _add_between(b, s, t, x, power, power_squares, columns, sums, tile, batch, a
 
 @triton.jit
 def _infinite(weight, masked):
-    return tl.where((weight != 0) & masked, weight * float("inf"), 0.0)
+    return tl.where(masked, _times(weight, float("inf")), 0.0)
+
+
+@triton.jit
+def _infinities(w, student_masked, teacher_masked):
+    """Of classes that only one of the two has mass on."""
+    of_powers = (student_masked & (w.order > 1)) | (teacher_masked & (w.order < 0))
+    value = _infinite(w.forward_kl, student_masked) + _infinite(w.reverse_kl, teacher_masked)
+    return value + _infinite(w.alpha, of_powers) + _infinite(w.renyi, of_powers)
+
+
+@triton.jit
+def _least_weight(w):
+    """Of all but Renyi's."""
+    least = tl.minimum(tl.minimum(w.forward_kl, w.reverse_kl), tl.minimum(w.jsd, w.alpha))
+    least = tl.minimum(least, tl.minimum(w.skew_forward_kl, w.skew_reverse_kl))
+    return tl.minimum(least, w.total_variation)
+
+
+@triton.jit
+def _errors(w):
+    """By how many times forward KL's error the value may be off."""
+    off = tl.abs(w.forward_kl) + tl.abs(w.reverse_kl) + tl.abs(w.jsd) + tl.abs(w.skew_forward_kl)
+    off += tl.abs(w.skew_reverse_kl) + tl.abs(w.total_variation)
+    # A sum of powers is off by a rounding of 1, which these multiply; the exponential is rougher.
+    off += _times(tl.abs(w.alpha), 2 / tl.abs(w.order * (w.order - 1)))
+    return off + _times(tl.abs(w.renyi), 2 / tl.minimum(tl.abs(w.order - 1), 1.0))
 
 
 @triton.jit
@@ -423,40 +453,26 @@ def _mixture_loss(sums, b, row, batch, asked):
     """The soft term, (R,), and by how many times forward KL's error it may be off."""
     w = row.terms
     value = b.value + b.constant * row.constant
-    off = tl.abs(w.forward_kl) + tl.abs(w.reverse_kl) + tl.abs(w.jsd) + tl.abs(w.skew_forward_kl)
-    off += tl.abs(w.skew_reverse_kl) + tl.abs(w.total_variation)
-    sizes = off + tl.abs(w.alpha) + tl.abs(w.renyi)
-    # A sum of powers is off by a rounding of 1, which these multiply; the exponential is rougher.
-    if asked.mixture.alpha:
-        off += tl.where(w.alpha == 0, 0.0, 2 * tl.abs(w.alpha / (w.order * (w.order - 1))))
-    least = tl.minimum(tl.minimum(w.forward_kl, w.reverse_kl), tl.minimum(w.jsd, w.alpha))
-    least = tl.minimum(least, tl.minimum(w.skew_forward_kl, w.skew_reverse_kl))
-    least = tl.minimum(least, w.total_variation)
-    value = tl.where((value < 0) & (least >= 0), 0.0, value)  # rounding
+    value = tl.where((value < 0) & (_least_weight(w) >= 0), 0.0, value)  # rounding
     if asked.mixture.renyi:
-        of_order = 2 / tl.minimum(tl.abs(w.order - 1), 1.0)
-        off += tl.where(w.renyi == 0, 0.0, tl.abs(w.renyi) * of_order)
-        value += tl.where(w.renyi == 0, 0.0, w.renyi * _renyi(b, row))
-    student_masked, teacher_masked = sums.lowest == float("-inf"), b.lowest == float("-inf")
-    value += _infinite(w.forward_kl, student_masked) + _infinite(w.reverse_kl, teacher_masked)
-    powers_masked = (student_masked & (w.order > 1)) | (teacher_masked & (w.order < 0))
-    value += _infinite(w.alpha, powers_masked) + _infinite(w.renyi, powers_masked)
+        value += _times(w.renyi, _renyi(b, row))
+    value += _infinities(w, sums.lowest == float("-inf"), b.lowest == float("-inf"))
     some = (sums.student + sums.student_ones > 0) & (sums.teacher + sums.teacher_ones > 0)
     value = tl.where(some, value, float("nan"))  # every class masked: no distribution
-    factor = tl.load(batch.scales + FACTOR)
-    return tl.where(sizes == 0, 0.0, factor * value), factor * off
+    factor, off = tl.load(batch.scales + FACTOR), _errors(w)
+    return tl.where(off == 0, 0.0, factor * value), factor * off
 
 
 @triton.jit
 def _vees(b, row):
     renyi = row.terms.renyi
-    weight = tl.where(renyi == 0, 0.0, -renyi / (b.powers + b.powers_at))
+    weight = _times(-renyi, 1 / (b.powers + b.powers_at))
     return Vees(
-        b.v + weight * b.powers,
-        b.v_at + weight * b.powers_at,
-        b.v_label + weight * b.powers_label,
-        b.squares + weight * weight * b.power_squares,
-        b.squares_at + weight * weight * b.power_squares_at,
+        b.v + _times(weight, b.powers),
+        b.v_at + _times(weight, b.powers_at),
+        b.v_label + _times(weight, b.powers_label),
+        b.squares + _times(weight * weight, b.power_squares),
+        b.squares_at + _times(weight * weight, b.power_squares_at),
         weight,
     )
 
@@ -466,7 +482,7 @@ def _v(v, power, vees, asked):
     """Of a tile, with Renyi's."""
     if asked.mixture.renyi:
         weight = vees.of_powers.to(v.dtype)[:, None]
-        v += tl.where(weight == 0, 0.0, weight * power)
+        v += _times(weight, power)
     return v
 
 

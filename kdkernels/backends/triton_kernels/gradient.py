@@ -48,7 +48,7 @@ def _hard_loss(sums, tile, w, at_label, batch, asked):
 
 
 @triton.jit
-def _loss_at_risk(sums, loss, factor, batch, REAL: tl.constexpr):
+def _loss_at_risk(sums, loss, factor, batch, asked, REAL: tl.constexpr):
     """Whether float32 exponentials are not good enough for the divergence.
 
     Their errors do not average out over the classes, as equal logits have equal ones, and the
@@ -57,8 +57,10 @@ def _loss_at_risk(sums, loss, factor, batch, REAL: tl.constexpr):
     risk = tl.zeros(loss.shape, tl.int1)
     if batch.temperature.dtype != REAL:
         error = 2 * EPSILON * factor
-        # Logits near the largest number.
-        overflow = (loss == float("inf")) & (sums.lowest > float("-inf"))
+        # Logits near the largest number; and powers, whose sum may be 0 in float32 alone.
+        overflow = (loss == float("inf")) & (
+            (sums.lowest > float("-inf")) | (asked.mixture is not None)
+        )
         risk = (error > (1 + loss) * LOSS_BOUND) | overflow  # NaN is as exact as it gets
     return risk
 

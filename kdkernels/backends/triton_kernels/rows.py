@@ -85,7 +85,7 @@ def _conclude(sums, row, between, tile, s_label, w, batch, asked, REAL: tl.const
         if asked.mixture is not None:
             soft, factor = _mixture_loss(sums, between, row, batch, asked)
             soft = tl.where(tile.active, soft, 0.0)
-    return soft, hard, tile.active & _loss_at_risk(sums, soft, factor, batch, REAL)
+    return soft, hard, tile.active & _loss_at_risk(sums, soft, factor, batch, asked, REAL)
 
 
 @triton.jit
