@@ -184,6 +184,15 @@ FAULTS = [
     (TRITON + "batch.py", "if not DISTILL_IGNORED:", "if False:"),
     (TRITON + "batch.py", "_largest(weight, classes, WIDE, BLOCK)", "one"),
     (TRITON + "batch.py", "tl.where(g == 0, g, g *", "tl.where(g != g, g, g *"),
+    (TRITON + "batch.py", "of_soft *= tl.load(scales + LARGEST)", "pass"),
+    # Divergences: a weight, a temperature, the sum of v; the hole, and what fills it.
+    (TRITON + "divergences.py", "total.v + _times(w, terms[1])", "total.v + terms[1]"),
+    (TRITON + "divergences.py", "dt * teacher_inverse", "dt * inverse"),
+    (TRITON + "divergences.py", "mean = vees.others + vees.at", "mean = vees.others"),
+    (TRITON + "divergences.py", "tl.where(w.beta == 1, w.jsd, 0.0)", "0.0 * w.jsd"),
+    (TRITON + "gradient.py", "& (asked.mixture is None)", ""),
+    (TRITON + "sums.py", "s), tl.where(hole", "s), tl.where(s != s"),
+    (TRITON + "decoupled.py", "sums.student + d.more, student", "sums.student, student"),
     ("kdkernels/backends/triton.py", "grad_scale = scales[scale_at : scale_at + 1]", "pass"),
     ("kdkernels/backends/triton.py", "inplace and source is not student", "False"),
 ]  # fmt: skip
