@@ -62,6 +62,12 @@ def test_a_student_next_to_its_teacher_is_done_again_in_double(name):
     check(s, s + 1e-4 * t, y, name, temperature=2.0, alpha=1.0)
 
 
+def test_next_to_its_teacher_decoupled():
+    for c in (2, 30, 1100):
+        s, t, y = inputs(2, c)
+        dkd.check(s, s + 1e-4 * t, y, "triton", temperature=2.0, alpha=1.0)
+
+
 def test_probabilities_that_are_the_same_in_float32_alone():
     """All of float32's gradient is 0, and the gradient is not."""
     t, _, y = inputs(1, 30)

@@ -51,11 +51,8 @@ class Decoupled(NamedTuple):
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), by a log1p that is exact where 1 + e rounds."""
-    e = tl.exp(-tl.abs(x))
-    sum = 1 + e
-    log1p = tl.where(sum == 1, e, tl.log(sum) * (e / (sum - 1)))
-    return log1p + tl.where(x > 0, x, 0.0)
+    """log(1 + e^x)."""
+    return tl.log(1 + tl.exp(-tl.abs(x))) + tl.where(x > 0, x, 0.0)
 
 
 @triton.jit
