@@ -69,6 +69,11 @@ def test_next_to_its_teacher_decoupled():
         dkd.check(s, s + 1e-4 * t, y, "triton", **options)
 
 
+def test_signs_that_float32_cannot_tell():
+    s, t, y = inputs(2, 100)
+    check(s, s + 1e-6 * t, y, "total_variation", temperature=1.0, alpha=1.0)
+
+
 def test_probabilities_that_are_the_same_in_float32_alone():
     """All of float32's gradient is 0, and the gradient is not."""
     t, _, y = inputs(1, 30)

@@ -126,8 +126,8 @@ def numbers_kernel(
         tl.store(scales + NUMBERS + i, number)
     total = tl.zeros([], WIDE)
     for i in tl.static_range(len(largest)):
-        at: tl.constexpr = 2 * (PARAMETERS - NUMBERS + i)
-        weight = tl.abs(tl.zeros([], WIDE) + numbers[at] + numbers[at + 1])
+        weight = tl.zeros([], WIDE) + numbers[2 * (PARAMETERS - NUMBERS + i)]
+        weight = tl.abs(weight + numbers[2 * (PARAMETERS - NUMBERS + i) + 1])
         if weights[i] is not None:
             weight = _largest(weights[i], rows, WIDE, BLOCK)
         total += weight * largest[i]
