@@ -10,6 +10,7 @@ import pytest
 import torch
 
 INTERPRETER = pytest.StashKey[subprocess.Popen]()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +22,35 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=INTERPRETED)
+def bfloat16_rounds_as_on_a_gpu(monkeypatch):
+    """The interpreter cuts float32 off where every GPU rounds to the nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_and_round(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16)
+        return TensorHandle(rounded.numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_and_round)
+
+
 def pytest_collection_finish(session):
     """Triton's interpreter takes minutes of one core: it starts with the first test."""
     config = session.config
     asked_for = any(item.name == "test_under_the_interpreter" for item in session.items)
-    if not asked_for or config.option.collectonly or os.environ.get("TRITON_INTERPRET") == "1":
+    if not asked_for or config.option.collectonly or INTERPRETED:
         return
     if importlib.util.find_spec("triton") is None:
         return
-    tests = Path(__file__).parent / "test_triton.py"
+    folder = Path(__file__).parent
+    tests = folder / "test_triton.py", folder / "test_triton_divergences.py"
     config.stash[INTERPRETER] = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,  # a few kilobytes at most, which a pipe holds
         stderr=subprocess.STDOUT,

@@ -513,18 +513,28 @@ def test_what_is_wrong_is_named(options, error, message):
         FusedKDLoss(**options)(x, t, y)
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+MISSING = {
+    "cuda": [
+        ({"divergence": "jsd"}, "divergence jsd"),
+        ({"divergence": {"jsd": 1.0, "renyi": 1.0}}, "divergence jsd, divergence renyi"),
+        ({"teacher_temperature": 2.0}, "a teacher_temperature of its own"),
+        ({"scale_by_t2": False}, "scale_by_t2=False"),
+    ],
+    "triton": [
+        ({"divergence": "dist"}, "divergence dist"),
+        ({"divergence": {"jsd": 1.0, "hard": 1.0, "nkd": 1.0}}, "divergence hard, divergence nkd"),
+        ({"temperature": [1.0, 2.0]}, "several temperatures"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
 def test_a_backend_without_the_divergence_says_so(name, monkeypatch):
     s, t, y = inputs(3, 5)
     monkeypatch.setattr(backends.BACKENDS[name], "why_not", lambda *_: None, raising=False)
     backends.select.cache_clear()
     try:
-        for options, what in (
-            ({"divergence": "jsd"}, "divergence jsd"),
-            ({"divergence": {"jsd": 1.0, "renyi": 1.0}}, "divergence jsd, divergence renyi"),
-            ({"teacher_temperature": 2.0}, "a teacher_temperature of its own"),
-            ({"scale_by_t2": False}, "scale_by_t2=False"),
-        ):
+        for options, what in MISSING[name]:
             with pytest.raises(RuntimeError, match=f"{name}.*no kernel yet for {what}"):
                 kd_loss(s, t, y, backend=name, **options)
     finally:

@@ -46,23 +46,6 @@ ONE_OF_EACH = [10, 100, 1423, 5000]
 one_of_each = pytest.mark.parametrize("classes", ONE_OF_EACH)
 
 
-@pytest.fixture(autouse=INTERPRETED)
-def bfloat16_rounds_as_on_a_gpu(monkeypatch):
-    """The interpreter cuts float32 off where every GPU rounds to the nearest, ties to even."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast = InterpreterBuilder.cast_impl
-
-    def cast_and_round(self, source, target):
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, target)
-        rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16)
-        return TensorHandle(rounded.numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_and_round)
-
-
 # --- the numbers ----------------------------------------------------------------------------------
 
 
@@ -716,6 +699,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from kdkernels.backends import triton as backend, triton_kernels
+from kdkernels.backends.triton_mixture import WEIGHTS
+from kdkernels.divergences import Term
 from kdkernels.options import Options
 
 TARGETS = {
@@ -781,12 +766,14 @@ def resources(kernel):
 PLAIN = Options(4.0, 0.9, -100, 0.0, "mean", False)
 FULL = Options(2.5, 0.9, -100, 0.1, "mean", True)
 results = []
-def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, labels=True):
+def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, labels=True,
+           per_row=()):
     compiled.clear()
     s, t = (torch.zeros(rows, classes, dtype=dtype) for _ in range(2))
     y = torch.zeros(rows, dtype=torch.long) if labels else None
     one = backend.TritonBackend()
-    result = one.run(s, t, y, weight, options, False, True, inplace, {})
+    tensors = dict.fromkeys(per_row, torch.ones(rows))
+    result = one.run(s, t, y, weight, options, False, True, inplace, tensors)
     one.scale(result.grad, torch.tensor(1.0), result.grad_scale)
     for name, kernel in compiled:
         results.append({"case": case, "kernel": name, "classes": classes, "dtype": str(dtype)[6:],
@@ -795,6 +782,19 @@ def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, la
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 32000)  # a size of every compiled shape
 if sys.argv[1] != "sm_90":
     SIZES = (16, 64, 256, 4096, 32000)  # and of every line of the table: compiling takes its time
+# Every divergence at once, which takes the most registers, one of them, and the decoupled one: in
+# all regimes between them.
+if sys.argv[1] != "sm_80":
+    every = PLAIN._replace(divergence=tuple(Term(name, 1.0, 0.5) for name in WEIGHTS))
+    for classes, dtype in ((256, torch.float32), (32000, torch.bfloat16), (32000, torch.float64)):
+        launch("mixture", classes, dtype, every)
+    one = PLAIN._replace(divergence=(Term("jsd", 1.0, 0.5),))
+    for classes, dtype in ((16, torch.float32), (1024, torch.float16)):
+        launch("jsd", classes, dtype, one)
+    launch("jsd", 31999, torch.float32, one, inplace=True, per_row=("jsd", "beta"))
+    decoupled = PLAIN._replace(divergence=(Term("dkd", 1.0, 1.0, 8.0),))
+    for classes in (64, 1024, 32000):
+        launch("decoupled", classes, torch.float32, decoupled)
 for classes in SIZES:
     for dtype in (torch.float32, torch.bfloat16):
         launch("plain", classes, dtype, PLAIN)

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.backends import triton_mixture
 from kdkernels.backends.base import Result
 from kdkernels.backends.native import address, laid_out
 from kdkernels.backends.reference import check_labels
+from kdkernels.backends.triton_mixture import in_two_parts
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -76,13 +78,32 @@ REGIMES = (
 # come one at a time: those of up to 128 classes in pieces of 64, a class to a thread.
 DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 1024, False, 4))
 AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 512, False, 4))
+# The same where the soft term is more than forward KL, which takes more registers for a class.
+GENERAL = (
+    Regime(64, 64, True, 2),
+    Regime(256, 256, True, 4),
+    Regime(1024, 1024, True, 4),
+    Regime(math.inf, 1024, False, 4),
+)
+GENERAL_DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 256, False, 1))
+GENERAL_AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 256, False, 1))
+
+
+# Of ``Options.features``.
+FEATURES = frozenset(
+    {
+        *(f"divergence {name}" for name in (*triton_mixture.WEIGHTS, "dkd")),
+        "a teacher_temperature of its own",
+        "scale_by_t2=False",
+    }
+)
 
 
 def shape_of(classes: int, regimes: tuple[Regime, ...], warp: int) -> Shape:
     """What a table says of rows of so many classes, with so many threads to a warp."""
     regime = next(r for r in regimes if classes <= r.classes)
     block = min(_power_of_two(classes), regime.elements)
-    several = regime.classes <= 64 and regimes is not AGAIN
+    several = regime.classes <= 64  # a row that is done again comes alone
     rows = regime.elements // block if several else 1
     threads = max(rows * block // regime.per_thread, warp)
     return Shape(rows, block, regime.resident, threads)
@@ -138,7 +159,7 @@ def _warp(device: int) -> int:
 
 
 @functools.cache
-def _launched(threads: int, device: int) -> dict[str, Any]:
+def _launched(threads: int, device: int, registers: int = 200) -> dict[str, Any]:
     """How programs of so many threads run on this device, which is the current one.
 
     Without contraction: a*x - b*y has to be 0 where both products are the same. On NVIDIA with the
@@ -147,7 +168,7 @@ def _launched(threads: int, device: int) -> dict[str, Any]:
     """
     options = {"num_warps": threads // _warp(device), "num_stages": 1, "enable_fp_fusion": False}
     if not _interpreted() and _target().backend == "cuda":
-        options["maxnreg"] = min(200, REGISTERS // threads)
+        options["maxnreg"] = min(registers, REGISTERS // threads)
     return options
 
 
@@ -175,14 +196,10 @@ def _bits(value: float, has_double: bool) -> int:
     return int(struct.unpack(integer, struct.pack(floating, value))[0])
 
 
-def _single(value: float) -> float:
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
-
-
 class TritonBackend:
     name = "triton"
     device_types: tuple[str, ...] = DEVICE_TYPES
-    features: frozenset[str] | None = frozenset()
+    features: frozenset[str] | None = FEATURES
 
     def unavailable(self) -> str | None:
         return _why_no_device()
@@ -245,14 +262,15 @@ class TritonBackend:
                     out.zero_()
             return Result(loss, soft, hard, grad)
         with _current(student.device):
-            launch = _Launch(student, teacher, labels, weight, options, want_terms)
+            launch = _Launch(student, teacher, labels, weight, options, want_terms, tensors)
             scales = launch.scales(grad is not None)
             launch.rows(source, student_rows, grad, grad_rows, inplace, scales, (loss, soft, hard))
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
         grad_scale: float | Tensor = 1.0
         if student.dtype == torch.float16:
-            grad_scale = scales[-1:]
+            scale_at = _kernels().SCALES - 1
+            grad_scale = scales[scale_at : scale_at + 1]
         return Result(loss, soft, hard, grad, grad_scale)
 
     def scale(self, grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -> Tensor:
@@ -312,6 +330,7 @@ class _Launch:
         weight: Tensor | None,
         options: Options,
         want_terms: bool,
+        tensors: PerRow,
     ) -> None:
         self.options, self.student, self.want_terms = options, student, want_terms
         self.teacher, self.teacher_rows = laid_out(teacher)
@@ -331,6 +350,15 @@ class _Launch:
             self.weight = weight.detach().to(self.wide).resolve_neg().contiguous()
         # Without a divergence the temperature plays no part, and e^s is the only exponential.
         self.temperature = options.temperature if self.soft else 1.0
+        self.general: triton_mixture.General | None = None
+        self.per_row: tuple[Tensor | None, ...] | None = None
+        if self.soft and (options.features or tensors):
+            self.general = triton_mixture.general(options, frozenset(tensors))
+            wide = {name: self.wide_rows(tensors[name]) for name in tensors}
+            self.per_row = (*(wide.get(name) for name in triton_mixture.PER_ROW), None)
+
+    def wide_rows(self, values: Tensor) -> Tensor:
+        return values.detach().to(self.wide).resolve_neg().contiguous()
 
     def new(self, *shape: int) -> Tensor:
         return self.student.new_empty(shape, dtype=self.wide)
@@ -341,7 +369,7 @@ class _Launch:
         return parts, -(-self.count // parts)
 
     def scales(self, want_grad: bool) -> Tensor:
-        """The numbers that ``triton_kernels/state.py`` lists; the last scales the gradient."""
+        """The numbers that ``triton_kernels/state.py`` lists."""
         kernels, options, wide = _kernels(), self.options, _wide(self.has_double)
         mean = options.reduction == "mean"
         counts = None
@@ -361,8 +389,10 @@ class _Launch:
             )
         exponent = math.log2(math.e) / self.temperature
         numbers = [self.temperature, options.alpha, options.label_smoothing]
-        numbers += [_single(exponent), _single(exponent - _single(exponent))]
-        scales = self.new(kernels.SCALES)
+        numbers += in_two_parts([exponent])
+        numbers += [self.temperature if options.scale_by_t2 else 1 / self.temperature]
+        float16 = want_grad and self.student.dtype == torch.float16
+        scales = self.general_numbers(float16)
         kernels.scales_kernel[(1,)](
             self.labels,
             self.weight,
@@ -373,12 +403,31 @@ class _Launch:
             self.classes,
             options.ignore_index,
             *(_bits(number, self.has_double) for number in numbers),
+            GENERAL=self.general is not None,
             MEAN=mean,
             DISTILL_IGNORED=options.distill_ignored,
-            FLOAT16=want_grad and self.student.dtype == torch.float16,
+            FLOAT16=float16,
             WIDE=wide,
             BLOCK=COUNTED,
             enable_fp_fusion=False,
+        )
+        return scales
+
+    def general_numbers(self, float16: bool) -> Tensor:
+        """Memory for the scales, with what there is of them where the soft term is not plain."""
+        kernels = _kernels()
+        if self.general is None:
+            return self.new(kernels.SCALES)
+        scales = self.new(kernels.GENERAL_SCALES)
+        largest = self.general.largest if float16 else ()
+        kernels.numbers_kernel[(1,)](
+            scales,
+            in_two_parts(self.general.numbers),
+            largest,
+            self.per_row,
+            self.count,
+            WIDE=_wide(self.has_double),
+            BLOCK=COUNTED,
         )
         return scales
 
@@ -399,26 +448,32 @@ class _Launch:
         in_double = torch.float64 in (source.dtype, self.teacher.dtype)
         device = self.student.get_device()
         warp = _warp(device)
-        shape = shape_of(self.classes, DOUBLE if in_double else REGIMES, warp)
+        regimes, registers = (REGIMES, DOUBLE, AGAIN), 200
+        if self.general is not None:
+            regimes, registers = (GENERAL, GENERAL_DOUBLE, GENERAL_AGAIN), 255
+        shape = shape_of(self.classes, regimes[in_double], warp)
         terms = None if options.reduction == "none" else self.new(2, self.count)
         again = self.has_double and not in_double
         flags = source.new_empty(self.count, dtype=torch.int8) if again else None
         address("student_logits", source)
         address("teacher_logits", self.teacher)
+        compiled = self.general.compiled if self.general else None
         power = 0
         if self.hard:
             power = int(self.temperature) if self.temperature in (1, 2, 3, 4) else -1
         asked = kernels.Asked(
             distill_ignored=options.distill_ignored,
             soft=self.soft,
-            soft_grad=options.alpha > 0,
+            soft_grad=options.alpha > 0 and grad is not None,
             power=power,
-            hard_grad=self.hard and options.alpha < 1,
+            hard_grad=self.hard and options.alpha < 1 and grad is not None,
             smooth=self.hard and options.label_smoothing > 0,
             weighted=self.weight is not None,
             grad=grad is not None,
             inplace=inplace,
             two_levels=any(r[0] != 1 for r in (student_rows, self.teacher_rows, grad_rows)),
+            mixture=kernels.Mixture(*compiled) if compiled else None,
+            decoupled=compiled == (),
         )
         arguments = (
             source,
@@ -430,6 +485,7 @@ class _Launch:
             terms,
             *results,
             flags,
+            self.per_row,
             self.count,
             self.classes,
             options.ignore_index,
@@ -444,14 +500,14 @@ class _Launch:
             R=shape.rows,
             BLOCK=shape.block,
             RESIDENT=shape.resident,
-            **_launched(shape.threads, device),
+            **_launched(shape.threads, device, registers),
         )
         if again:
-            shape = shape_of(self.classes, AGAIN, warp)
+            shape = shape_of(self.classes, regimes[2], warp)
             kernels.again_kernel[(min(self.count, AGAIN_PROGRAMS),)](
                 *arguments,
                 BLOCK=shape.block,
-                **_launched(shape.threads, device),
+                **_launched(shape.threads, device, registers),
             )
         if terms is not None:
             self.finish(terms, scales, results)

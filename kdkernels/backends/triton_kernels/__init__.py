@@ -12,19 +12,23 @@ of exactly 0. Where one rounding is wanted, ``tl.fma`` says so.
 from kdkernels.backends.triton_kernels.batch import (
     count_kernel,
     finish_kernel,
+    numbers_kernel,
     scale_kernel,
     scales_kernel,
     sum_kernel,
 )
 from kdkernels.backends.triton_kernels.rows import again_kernel, rows_kernel
-from kdkernels.backends.triton_kernels.state import SCALES, Asked
+from kdkernels.backends.triton_kernels.state import GENERAL_SCALES, SCALES, Asked, Mixture
 
 __all__ = [
+    "GENERAL_SCALES",
     "SCALES",
     "Asked",
+    "Mixture",
     "again_kernel",
     "count_kernel",
     "finish_kernel",
+    "numbers_kernel",
     "rows_kernel",
     "scale_kernel",
     "scales_kernel",

@@ -14,6 +14,9 @@ from kdkernels.backends.triton_kernels.state import (
     GRAD_SCALE,
     HARD_ROWS,
     HARD_SCALE,
+    LARGEST,
+    NUMBERS,
+    PARAMETERS,
     SMOOTHING,
     SOFT_ROWS,
     SOFT_SCALE,
@@ -85,7 +88,8 @@ def _largest(pointer, end, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     largest = tl.zeros([BLOCK], WIDE)
     for first in range(0, end, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(pointer + index, mask=index < end, other=0.0))
+        size = tl.abs(tl.load(pointer + index, mask=index < end, other=0.0))
+        largest = tl.maximum(largest, size)
     return tl.max(largest, 0)
 
 
@@ -106,6 +110,30 @@ def _float16_scale(bound):
     return power
 
 
+@triton.jit(do_not_specialize=["rows"])
+def numbers_kernel(
+    scales,
+    numbers,  # a tuple of pairs: each number in two float32 parts, as Triton would round it to one
+    largest,  # of a row's gradient for a weight of 1, by divergence; none where nobody asks
+    weights,  # Terms, [rows] each or None
+    rows,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the host knows of a soft term that is more than forward KL, and how large it may be."""
+    for i in tl.static_range(len(numbers) // 2):
+        number = tl.zeros([], WIDE) + numbers[2 * i] + numbers[2 * i + 1]
+        tl.store(scales + NUMBERS + i, number)
+    total = tl.zeros([], WIDE)
+    for i in tl.static_range(len(largest)):
+        weight = tl.zeros([], WIDE) + numbers[2 * (PARAMETERS - NUMBERS + i)]
+        weight = tl.abs(weight + numbers[2 * (PARAMETERS - NUMBERS + i) + 1])
+        if weights[i] is not None:
+            weight = _largest(weights[i], rows, WIDE, BLOCK)
+        total += weight * largest[i]
+    tl.store(scales + LARGEST, total)
+
+
 @triton.jit(
     do_not_specialize=[
         "rows",
@@ -117,6 +145,7 @@ def _float16_scale(bound):
         "smoothing",
         "exponent_high",
         "exponent_low",
+        "slope",
     ]
 )
 def scales_kernel(
@@ -133,6 +162,8 @@ def scales_kernel(
     smoothing: tl.int64,
     exponent_high: tl.int64,
     exponent_low: tl.int64,
+    slope: tl.int64,  # of the soft term: T, or what T² / T is without the T²
+    GENERAL: tl.constexpr,
     MEAN: tl.constexpr,
     DISTILL_IGNORED: tl.constexpr,
     FLOAT16: tl.constexpr,
@@ -162,11 +193,14 @@ def scales_kernel(
         weight_sum = _sum(weight, 0, classes, WIDE, BLOCK)
         max_weight = tl.maximum(one, _largest(weight, classes, WIDE, BLOCK))
     t, a = _from_bits(temperature, WIDE), _from_bits(alpha, WIDE)
-    soft_scale = a * t / soft_rows
+    soft_scale = a * _from_bits(slope, WIDE) / soft_rows
     hard_scale = (1 - a) / hard_rows
     grad_scale = one
     if FLOAT16:
-        grad_scale = _float16_scale(soft_scale + 2 * hard_scale * max_weight)
+        of_soft = soft_scale
+        if GENERAL:
+            of_soft *= tl.load(scales + LARGEST)
+        grad_scale = _float16_scale(of_soft + 2 * hard_scale * max_weight)
     tl.store(scales + TEMPERATURE, t)
     tl.store(scales + ALPHA, a)
     tl.store(scales + SMOOTHING, _from_bits(smoothing, WIDE))

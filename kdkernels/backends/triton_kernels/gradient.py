@@ -48,17 +48,19 @@ def _hard_loss(sums, tile, w, at_label, batch, asked):
 
 
 @triton.jit
-def _loss_at_risk(sums, loss, batch, asked, REAL: tl.constexpr):
+def _loss_at_risk(sums, loss, factor, batch, asked, REAL: tl.constexpr):
     """Whether float32 exponentials are not good enough for the divergence.
 
-    Their errors do not average out over the classes, as equal logits have equal ones, and T²
-    multiplies those of both sums' logarithms. At T <= 4 no loss is at risk.
+    Their errors do not average out over the classes, as equal logits have equal ones, and the
+    factor, T², multiplies those of both sums' logarithms. At T <= 4 no forward KL is at risk.
     """
     risk = tl.zeros(loss.shape, tl.int1)
     if batch.temperature.dtype != REAL:
-        error = 2 * EPSILON * batch.temperature * batch.temperature
-        # Logits near the largest number.
-        overflow = (loss == float("inf")) & (sums.lowest > float("-inf"))
+        error = 2 * EPSILON * factor
+        # Logits near the largest number; and powers, whose sum may be 0 in float32 alone.
+        overflow = (loss == float("inf")) & (
+            (sums.lowest > float("-inf")) | (asked.mixture is not None)
+        )
         risk = (error > (1 + loss) * LOSS_BOUND) | overflow  # NaN is as exact as it gets
     return risk
 
@@ -99,7 +101,7 @@ def _logits_at(pointer, index, mask, REAL: tl.constexpr):
 
 
 @triton.jit
-def _entries(sums, f, tile, keep, s_label, w, batch, asked):
+def _entries(sums, vees, f, tile, keep, s_label, w, batch, asked):
     """The label's, where r_y - 1 cancels, and that of the class the student is sure of.
 
     The latter is a difference of two numbers near 1: 1 - q, 1 - p and 1 - r are had from the sums
@@ -111,7 +113,7 @@ def _entries(sums, f, tile, keep, s_label, w, batch, asked):
     by_hard = hard & (sums.hard + sums.student_ones < 1.5)
     has_sure = keep & ((sums.student + sums.student_ones < 1.5) | by_hard) & (sums.at >= 0)
     t_label, t_sure = s_label, s_label
-    if asked.soft_grad:
+    if asked.soft_grad and asked.mixture is None:
         t_label = _logits_at(tile.teacher, tile.label, labelled, s_label.dtype)
         t_sure = _logits_at(tile.teacher, sums.at, has_sure, s_label.dtype)
     maxima = sums.student_max, sums.teacher_max
@@ -126,6 +128,8 @@ def _entries(sums, f, tile, keep, s_label, w, batch, asked):
     at_label = f.hard * e1 - f.label + f.smooth * w
     not_q, not_r = sums.student, sums.hard
     not_p = sums.teacher + (sums.teacher_ones - et_sure.to(batch.temperature.dtype))
+    if asked.mixture is not None:  # v has the place of the teacher's exponentials
+        et, not_p = vees.label, vees.others
     at_sure = f.teacher * not_p - f.student * not_q
     if asked.soft_grad:
         at_label += f.student * es - f.teacher * et
@@ -160,6 +164,7 @@ def _gradient(es, et, e1, f, entries, columns, batch, asked, REAL: tl.constexpr)
                 w = tl.load(batch.weight + columns, mask=columns < batch.classes, other=0.0)
                 smooth = (f.smooth[:, None] * w[None, :]).to(REAL)
             g += smooth
+    if asked.hard_grad or asked.decoupled:
         g = tl.where(
             columns[None, :] == entries.label[:, None], entries.at_label[:, None].to(REAL), g
         )
@@ -192,7 +197,16 @@ def _squared(others, total, has_sure):
 
 
 @triton.jit
-def _needed_squares(sums, f, entries, tile, batch, asked):
+def _soft_error(sums, f, entries, has_sure):
+    """The squared error of the divergence's gradient, in roundings of its entries, (R,)."""
+    student, teacher = sums.student + sums.student_ones, sums.teacher + sums.teacher_ones
+    both = _squared(entries.not_q, student, has_sure)
+    both += _squared(entries.not_p, teacher, has_sure)
+    return (f.student * student) * (f.student * student) * both
+
+
+@triton.jit
+def _needed_squares(sums, f, entries, error, tile, asked):
     """The sum of the gradient's squares below which float32 exponentials are not good enough.
 
     The gradient is a difference of exponentials, and may be small. Its norm may be off by half of
@@ -200,12 +214,6 @@ def _needed_squares(sums, f, entries, tile, batch, asked):
     """
     bound: tl.constexpr = 1e-6 if tile.grad.dtype.element_ty == tl.float32 else 2.0**-13
     has_sure = entries.sure >= 0
-    error = sums.student * 0
-    if asked.soft_grad:
-        student, teacher = sums.student + sums.student_ones, sums.teacher + sums.teacher_ones
-        both = _squared(entries.not_q, student, has_sure)
-        both += _squared(entries.not_p, teacher, has_sure)
-        error += (f.student * student) * (f.student * student) * both
     if asked.hard_grad:
         hard = sums.hard + sums.student_ones
         error += (f.hard * hard) * (f.hard * hard) * _squared(entries.not_r, hard, has_sure)
@@ -215,7 +223,7 @@ def _needed_squares(sums, f, entries, tile, batch, asked):
 @triton.jit
 def _may_vanish(sums, tile, asked):
     """Whether the gradient may be exactly 0: teacher = student, and nothing else is asked for."""
-    equal = sums.cross == 0
+    equal = (sums.cross == 0) & (asked.mixture is None)
     if asked.hard_grad:
         equal = equal & ~tile.hard
     return equal

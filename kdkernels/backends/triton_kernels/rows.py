@@ -7,6 +7,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.backends.triton_kernels.decoupled import (
+    _decouple,
+    _decoupled_entries,
+    _decoupled_error,
+    _decoupled_factors,
+)
+from kdkernels.backends.triton_kernels.divergences import (
+    _mixture_error,
+    _mixture_factors,
+    _mixture_loss,
+    _sweep_between,
+    _tile_between,
+    _v_again,
+)
 from kdkernels.backends.triton_kernels.gradient import (
     _entries,
     _factors,
@@ -16,6 +30,7 @@ from kdkernels.backends.triton_kernels.gradient import (
     _loss_at_risk,
     _may_vanish,
     _needed_squares,
+    _soft_error,
     _soft_loss,
     _squares,
     _store,
@@ -29,6 +44,9 @@ from kdkernels.backends.triton_kernels.state import (
     NO_HARD,
     SMOOTHING,
     SOFT_SCALE,
+    TEACHER_HIGH,
+    TEACHER_LOW,
+    TEACHER_TEMPERATURE,
     TEMPERATURE,
     WEIGHT_SUM,
     Batch,
@@ -57,6 +75,42 @@ def _terms(sums, tile, s_label, w, batch, asked):
 
 
 @triton.jit
+def _conclude(sums, row, between, tile, s_label, w, batch, asked, REAL: tl.constexpr):
+    """The two terms, and whether float32 is not good enough for them."""
+    if asked.decoupled:
+        soft, hard, factor = between.soft, between.hard, between.off
+    else:
+        soft, hard = _terms(sums, tile, s_label, w, batch, asked)
+        factor = batch.temperature * batch.temperature
+        if asked.mixture is not None:
+            soft, factor = _mixture_loss(sums, between, row, batch, asked)
+            soft = tl.where(tile.active, soft, 0.0)
+    return soft, hard, tile.active & _loss_at_risk(sums, soft, factor, batch, asked, REAL)
+
+
+@triton.jit
+def _prepare(sums, between, vees, tile, keep, s_label, w, batch, asked):
+    """The factors of the gradient, its entries that cancel, and what it has to be in size."""
+    if asked.decoupled:
+        f = _decoupled_factors(between, sums, w, batch, asked)
+        entries = _decoupled_entries(between, sums, f, tile, keep, s_label, batch, asked)
+    else:
+        f = _factors(sums, tile, w, batch, asked)
+        if asked.mixture is not None and asked.soft_grad:
+            f = _mixture_factors(f, vees, batch)
+        entries = _entries(sums, vees, f, tile, keep, s_label, w, batch, asked)
+    error = sums.student * 0
+    if asked.soft_grad:
+        if asked.decoupled:
+            error = _decoupled_error(between, sums, f, entries)
+        elif asked.mixture is not None:
+            error = _mixture_error(sums, vees, entries.not_q, entries.sure >= 0, batch)
+        else:
+            error = _soft_error(sums, f, entries, entries.sure >= 0)
+    return f, entries, _needed_squares(sums, f, entries, error, tile, asked)
+
+
+@triton.jit
 def _visit_tile(tile, columns, batch, asked, R: tl.constexpr):
     """Rows that one tile holds, in float32: read once."""
     s_label = _logits_at(tile.student, tile.label, tile.hard, tl.float32)
@@ -65,13 +119,19 @@ def _visit_tile(tile, columns, batch, asked, R: tl.constexpr):
     sums = _start(s, t, columns, R, batch)
     es, et, e1, difference = _tile_exponentials(s, t, sums, batch, asked)
     sums = _add(sums, s, t, es, et, e1, difference, columns, batch, asked)
-    soft, hard = _terms(sums, tile, s_label, w, batch, asked)
-    loss_risk = tile.active & _loss_at_risk(sums, soft, batch, asked, tl.float32)
+    row, between, vees = sums, sums, sums
+    if asked.mixture is not None:
+        row, between, vees, et = _tile_between(s, t, es, et, sums, columns, tile, batch, asked)
+    if asked.decoupled:
+        between = _decouple(sums, tile, s_label, w, batch, asked)
+    soft, hard, loss_risk = _conclude(
+        sums, row, between, tile, s_label, w, batch, asked, tl.float32
+    )
     risk = loss_risk
     if asked.grad:
-        f = _factors(sums, tile, w, batch, asked)
-        entries = _entries(sums, f, tile, tile.active, s_label, w, batch, asked)
-        needed = _needed_squares(sums, f, entries, tile, batch, asked)
+        f, entries, needed = _prepare(
+            sums, between, vees, tile, tile.active, s_label, w, batch, asked
+        )
         g = _gradient(es, et, e1, f, entries, columns, batch, asked, tl.float32)
         squares = _squares(g, columns, batch)
         vanishes = _may_vanish(sums, tile, asked) & (squares == 0)
@@ -82,9 +142,13 @@ def _visit_tile(tile, columns, batch, asked, R: tl.constexpr):
 
 
 @triton.jit
-def _gradient_block(sums, f, entries, tile, keep, columns, batch, asked, REAL: tl.constexpr):
+def _gradient_block(
+    sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL: tl.constexpr
+):
     s, t = _load_both(tile, keep, columns, batch, asked, REAL)
     es, et, e1, _ = _tile_exponentials(s, t, sums, batch, asked)
+    if asked.mixture is not None and asked.soft_grad:
+        et = _v_again(s, t, es, et, sums, row, vees, batch, asked)
     return _gradient(es, et, e1, f, entries, columns, batch, asked, REAL)
 
 
@@ -94,14 +158,16 @@ def _visit_blocks(tile, batch, asked, REAL: tl.constexpr, R: tl.constexpr, BLOCK
     s_label = _logits_at(tile.student, tile.label, tile.hard, REAL)
     w = _weights_at(tile.label, tile.hard, batch, asked)
     sums = _sweep(tile, batch, asked, REAL, R, BLOCK)
-    soft, hard = _terms(sums, tile, s_label, w, batch, asked)
-    loss_risk = tile.active & _loss_at_risk(sums, soft, batch, asked, REAL)
+    row, between, vees = sums, sums, sums
+    if asked.mixture is not None:
+        row, between, vees = _sweep_between(tile, sums, batch, asked, REAL, BLOCK)
+    if asked.decoupled:
+        between = _decouple(sums, tile, s_label, w, batch, asked)
+    soft, hard, loss_risk = _conclude(sums, row, between, tile, s_label, w, batch, asked, REAL)
     risk = loss_risk
     if asked.grad:
-        f = _factors(sums, tile, w, batch, asked)
         keep = tile.active & ~risk
-        entries = _entries(sums, f, tile, keep, s_label, w, batch, asked)
-        needed = _needed_squares(sums, f, entries, tile, batch, asked)
+        f, entries, needed = _prepare(sums, between, vees, tile, keep, s_label, w, batch, asked)
         may_vanish = _may_vanish(sums, tile, asked)
         judged: tl.constexpr = batch.temperature.dtype != REAL
         squares = tl.zeros([R], batch.temperature.dtype)
@@ -109,13 +175,17 @@ def _visit_blocks(tile, batch, asked, REAL: tl.constexpr, R: tl.constexpr, BLOCK
             # Rehearsed, as a row that is at risk must not be overwritten before it is swept again.
             for first in range(0, batch.classes, BLOCK):
                 columns = first + tl.arange(0, BLOCK)
-                g = _gradient_block(sums, f, entries, tile, keep, columns, batch, asked, REAL)
+                g = _gradient_block(
+                    sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL
+                )
                 squares += _squares(g, columns, batch)
             risk = risk | (keep & (needed > squares) & ~(may_vanish & (squares == 0)))
             keep = tile.active & ~risk
         for first in range(0, batch.classes, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            g = _gradient_block(sums, f, entries, tile, keep, columns, batch, asked, REAL)
+            g = _gradient_block(
+                sums, row, vees, f, entries, tile, keep, columns, batch, asked, REAL
+            )
             if judged and not asked.inplace:
                 squares += _squares(g, columns, batch)
             _store(tile.grad, g, columns, keep, keep | tile.idle, batch.classes)
@@ -125,21 +195,37 @@ def _visit_blocks(tile, batch, asked, REAL: tl.constexpr, R: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _load_batch(scales, weight, classes, asked):
+def _load_batch(scales, per_row, weight, classes, asked):
     weight_or_any = scales
     if asked.weighted:
         weight_or_any = weight
+    temperature = tl.load(scales + TEMPERATURE)
+    alpha, smoothing = tl.load(scales + ALPHA), tl.load(scales + SMOOTHING)
+    weight_sum = tl.load(scales + WEIGHT_SUM)
+    soft_scale, hard_scale = tl.load(scales + SOFT_SCALE), tl.load(scales + HARD_SCALE)
+    high = tl.load(scales + EXPONENT_HIGH).to(tl.float32)
+    low = tl.load(scales + EXPONENT_LOW).to(tl.float32)
+    teacher_temperature, teacher_high, teacher_low = temperature, high, low
+    if asked.mixture is not None:
+        teacher_temperature = tl.load(scales + TEACHER_TEMPERATURE)
+        teacher_high = tl.load(scales + TEACHER_HIGH).to(tl.float32)
+        teacher_low = tl.load(scales + TEACHER_LOW).to(tl.float32)
     return Batch(
-        tl.load(scales + TEMPERATURE),
-        tl.load(scales + ALPHA),
-        tl.load(scales + SMOOTHING),
-        tl.load(scales + WEIGHT_SUM),
-        tl.load(scales + SOFT_SCALE),
-        tl.load(scales + HARD_SCALE),
-        tl.load(scales + EXPONENT_HIGH).to(tl.float32),
-        tl.load(scales + EXPONENT_LOW).to(tl.float32),
+        temperature,
+        alpha,
+        smoothing,
+        weight_sum,
+        soft_scale,
+        hard_scale,
+        high,
+        low,
         weight_or_any,
         classes,
+        teacher_temperature,
+        teacher_high,
+        teacher_low,
+        scales,
+        per_row,
     )
 
 
@@ -182,7 +268,7 @@ def _tile(
     if asked.grad:
         grad_at = grad + _starts(row, grad_inner, grad_outer, grad_step, asked.two_levels)
     idle = live & ~active
-    return Tile(student, teacher, grad_at, active, idle, hard, label.to(tl.int32), bad)
+    return Tile(student, teacher, grad_at, active, idle, hard, label.to(tl.int32), bad, row)
 
 
 @triton.jit
@@ -224,6 +310,7 @@ def rows_kernel(
     soft_out,
     hard_out,
     flags,  # [rows], of the rows that again_kernel is to visit; None: none, all is in double
+    per_row,  # Terms, [rows] each or None; None: one mixture for all rows
     rows,
     classes,
     ignore_index: tl.int64,
@@ -243,7 +330,7 @@ def rows_kernel(
     RESIDENT: tl.constexpr,  # a block holds whole rows
 ):
     """The terms of every row, and its gradient."""
-    batch = _load_batch(scales, weight, classes, asked)
+    batch = _load_batch(scales, per_row, weight, classes, asked)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     tile = _tile(
         student,
@@ -290,6 +377,7 @@ def again_kernel(
     soft_out,
     hard_out,
     flags,  # [rows], of the rows that again_kernel is to visit; None: none, all is in double
+    per_row,  # Terms, [rows] each or None; None: one mixture for all rows
     rows,
     classes,
     ignore_index: tl.int64,
@@ -310,7 +398,7 @@ def again_kernel(
     A kernel of its own, or its registers would be those of every row. A few programs look at the
     flags of all rows.
     """
-    batch = _load_batch(scales, weight, classes, asked)
+    batch = _load_batch(scales, per_row, weight, classes, asked)
     for at in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = at + tl.arange(0, 1).to(tl.int64)
         flag = tl.load(flags + row)

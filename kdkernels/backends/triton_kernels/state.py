@@ -37,6 +37,28 @@ SOFT_SCALE = tl.constexpr(8)  # of the gradient of a row's term
 HARD_SCALE = tl.constexpr(9)
 GRAD_SCALE = tl.constexpr(10)  # the power of two that float16 gradients are multiplied with
 SCALES = 11
+# Beyond them, where the soft term is more than forward KL.
+LARGEST = tl.constexpr(11)  # at most the largest entry of the gradient, where 1 is forward KL's
+NUMBERS = tl.constexpr(12)  # those that the host has:
+FACTOR = tl.constexpr(12)  # T², or 1
+TEACHER_TEMPERATURE = tl.constexpr(13)
+TEACHER_HIGH = tl.constexpr(14)
+TEACHER_LOW = tl.constexpr(15)
+PARAMETERS = tl.constexpr(16)  # Terms, in its order; or of decoupled distillation the two weights
+GENERAL_SCALES = 27
+
+
+class Mixture(NamedTuple):
+    """Which divergences are compiled: divergences.py."""
+
+    forward_kl: bool
+    reverse_kl: bool
+    jsd: bool
+    skew_forward_kl: bool
+    skew_reverse_kl: bool
+    total_variation: bool
+    alpha: bool
+    renyi: bool
 
 
 class Asked(NamedTuple):
@@ -52,6 +74,8 @@ class Asked(NamedTuple):
     grad: bool
     inplace: bool  # over the student's logits
     two_levels: bool  # rows are not all one stride apart
+    mixture: Mixture | None = None  # None: forward KL at one temperature times T²
+    decoupled: bool = False  # the label is a hole in the sweeps: decoupled.py
 
 
 class Tile(NamedTuple):
@@ -65,6 +89,7 @@ class Tile(NamedTuple):
     hard: Any  # has a label
     label: Any  # 0 where it is out of range
     bad: Any  # it is out of range
+    row: Any  # its number
 
 
 class Batch(NamedTuple):
@@ -80,6 +105,11 @@ class Batch(NamedTuple):
     low: Any
     weight: Any  # pointer
     classes: Any
+    teacher_temperature: Any
+    teacher_high: Any
+    teacher_low: Any
+    scales: Any  # pointer to all of them
+    per_row: Any  # pointers to weights and parameters that each row has of its own: Terms
 
 
 class Sums(NamedTuple):
@@ -100,6 +130,22 @@ class Sums(NamedTuple):
     hard: Any  # sum e^(s - max) of the others
     smooth: Any  # sum w * s
     lowest: Any  # of the student's logits where the teacher has mass
+
+
+class Terms(NamedTuple):
+    """The weights of a mixture's divergences and their parameters, (R,), as each row has them."""
+
+    forward_kl: Any
+    reverse_kl: Any
+    jsd: Any
+    skew_forward_kl: Any
+    skew_reverse_kl: Any
+    total_variation: Any
+    alpha: Any
+    renyi: Any
+    beta: Any
+    skew: Any
+    order: Any  # of the powers: divergence_alpha
 
 
 class Factors(NamedTuple):

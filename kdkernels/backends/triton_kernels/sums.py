@@ -66,6 +66,13 @@ def _soft_exponential(d, batch):
 
 
 @triton.jit
+def _teacher_exponential(d, batch):
+    """The same at the teacher's temperature."""
+    high = batch.teacher_high
+    return _exponential(d, high, batch.teacher_low, -127.0 / high, 1 / batch.teacher_temperature)
+
+
+@triton.jit
 def _hard_exponential(d, soft_exponential, asked):
     """e^d, from e^(d/T) where T is a small integer."""
     result = soft_exponential
@@ -123,12 +130,15 @@ def _load_both(tile, keep, columns, batch, asked, REAL: tl.constexpr):
     t = s
     if asked.soft:
         t = _load(tile.teacher, columns, keep, batch.classes, REAL)
+    if asked.decoupled:
+        hole = columns[None, :] == tile.label[:, None]
+        s, t = tl.where(hole, float("-inf"), s), tl.where(hole, float("-inf"), t)
     return s, t
 
 
 @triton.jit
 def _exponentials(s, t, student_max, teacher_max, batch, asked):
-    """e^((s - max)/T), e^((t - max)/T), e^(s - max), and the difference of the exponents times T.
+    """e^((s - max)/T), e^((t - max)/T), e^(s - max), and t - max less s - max.
 
     Equal logits have equal exponentials, whichever of the two rows they are in.
     """
@@ -138,7 +148,7 @@ def _exponentials(s, t, student_max, teacher_max, batch, asked):
     et, difference = es, ds
     if asked.soft:
         dt = _below(t, teacher_max)
-        et, difference = _soft_exponential(dt, batch), dt - ds
+        et, difference = _teacher_exponential(dt, batch), dt - ds
     return es, et, e1, difference
 
 
@@ -184,7 +194,8 @@ def _add(sums, s, t, es, et, e1, difference, columns, batch, asked):
         teacher_is_max = t == _reference(sums.teacher_max)[:, None]
         teacher_ones += _ones(teacher_is_max, sums.teacher_max, batch)
         teacher += _total(tl.where(teacher_is_max, 0.0, et), batch)
-        cross += _total(et * difference, batch)
+        if asked.mixture is None:
+            cross += _total(et * difference, batch)
         with_mass = tl.where(t > float("-inf"), s, float("inf"))
         lowest = tl.minimum(lowest, tl.min(with_mass, 1))
     if asked.power != NO_HARD:
@@ -271,7 +282,7 @@ def _raise_teacher(sums, teacher_max, batch, asked):
     step = teacher_max.to(batch.temperature.dtype) - _reference(sums.teacher_max).to(
         batch.temperature.dtype
     )
-    factor = _decay(sums.teacher_max, step, 1 / batch.temperature)
+    factor = _decay(sums.teacher_max, step, 1 / batch.teacher_temperature)
     teacher = sums.teacher + sums.teacher_ones
     cross = tl.where(factor == 0, 0.0, factor * (sums.cross - teacher * step))
     return Sums(
