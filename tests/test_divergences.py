@@ -348,6 +348,15 @@ def test_a_class_masked_in_both_is_nothing_at_two_temperatures(backend, a):
         assert x.grad[:, 5:].eq(0).all()
 
 
+def test_powers_too_small_for_float32_beside_a_masked_class():
+    s = torch.tensor([[300.0, 0.0, -INF, -2.0]])
+    t = torch.tensor([[0.0, 300.0, 1.0, -2.0]])
+    options = {"divergence": "renyi", "temperature": 1.0, "alpha": 1.0}
+    expected = kd_loss(s.double(), t.double(), backend="reference", **options)
+    assert torch.isfinite(expected)
+    torch.testing.assert_close(kd_loss(s, t, **options).double(), expected)
+
+
 @backend
 @pytest.mark.parametrize(("order", "infinite"), [(1.5, (True, False)), (-0.5, (False, True))])
 def test_powers_outside_0_and_1_are_infinite_as_kls_are(backend, order, infinite):

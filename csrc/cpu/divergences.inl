@@ -166,6 +166,7 @@ struct Between {
   double factor;  // of v, for what is below and the gradient
   double mean;    // sum of v
   double off, off_at_max;  // squares of what v may be off by, in roundings
+  bool vanished;           // a sum whose logarithm is the loss is too small for Real
 };
 
 // A term of the mixture, for one row.
@@ -271,7 +272,7 @@ struct RowBetween {
   }
 
   Between all() const {
-    Between between = {0, 0, 1, 0, 0, 0};
+    Between between = {0, 0, 1, 0, 0, 0, false};
     Term terms[kMaxTerms];
     SumsBetween<Real> of[kMaxTerms];
     int count = 0;
@@ -292,6 +293,8 @@ struct RowBetween {
       between.loss += p.soft_factor * terms[k].weight * value_of_term(terms[k], of[k]);
       between.loss_off += fabs(terms[k].weight) * loss_off(terms[k]);
       between.mean += terms[k].weight * of[k].v;
+      const bool logarithm = terms[k].kind == kRenyi || terms[k].kind == kAgreement;
+      between.vanished |= logarithm && of[k].value == 0;
     }
     if (count == 1 && terms[0].kind == kRenyi) between.factor = 1 / of[0].value;
     return between;

@@ -101,6 +101,7 @@ void conclude(const KdProblem& p, Job<Real>& job) {
     p.soft[job.row] = p.general ? job.between.loss : soft_loss(p, job.sums);
     const double off = p.general ? kError * job.between.loss_off : kError;
     if (!loss_is_exact(p, job.sums, p.soft[job.row], off)) job.good = kNothing;
+    if (sizeof(Real) == 4 && p.general && job.between.vanished) job.good = kNothing;
   }
   if (p.alpha > 0) {
     soft_factors(p.scales, job.sums, job.f);
