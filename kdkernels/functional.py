@@ -14,7 +14,7 @@ from kdkernels.backends.native import DTYPE_CODES
 from kdkernels.checks import check_inplace, check_tensors
 from kdkernels.divergences import PerRow
 from kdkernels.intra_class import with_intra_class
-from kdkernels.options import Options, Prepared, prepare
+from kdkernels.options import OPTION_NAMES, Options, Prepared, prepare, prepare_plain
 from kdkernels.reference import KDMetrics, KDTerms, kd_terms
 from kdkernels.teachers import Teacher, TopKTeacher, logits_of, tensors_of
 
@@ -38,7 +38,12 @@ class _Call(NamedTuple):
     def versions(self) -> list[int]:
         """What in-place writes have counted up to; writes to inference tensors are not counted."""
         constants = [t for t in (self.labels, self.weight) if t is not None]
-        constants += (*tensors_of(self.teacher), *self.tensors.values())
+        if isinstance(self.teacher, Tensor):
+            constants.append(self.teacher)
+        else:
+            constants += tensors_of(self.teacher)
+        if self.tensors:
+            constants += self.tensors.values()
         try:
             return [t._version for t in constants]
         except RuntimeError:  # inference tensors have none; asking each of them takes longer
@@ -279,10 +284,47 @@ def kd_loss(
             environment variable ``KDKERNELS_CHECK_LABELS=1`` asks for the check.
         RuntimeError: the named backend cannot run here, and why.
     """
-    given = dict(locals())
-    for name in ("student_logits", "teacher_logits", "labels", "weight", "sample_weight"):
-        del given[name]
-    prepared = prepare(given)
+    given = (
+        temperature,
+        alpha,
+        ignore_index,
+        label_smoothing,
+        reduction,
+        distill_ignored,
+        inplace,
+        return_terms,
+        backend,
+        divergence,
+        beta,
+        skew,
+        divergence_alpha,
+        dkd_alpha,
+        dkd_beta,
+        nkd_gamma,
+        wsld_alpha,
+        dist_beta,
+        dist_gamma,
+        teacher_temperature,
+        temperature_reduction,
+        scale_by_t2,
+        standardize,
+        taid,
+        agreement,
+        entropy_gap,
+        agreement_reduction,
+        teacher_weights,
+        ensemble,
+        logit_softcap,
+        logit_scale,
+        logit_bias,
+        z_loss,
+        num_classes,
+    )
+    plain = type(divergence) is str and type(beta) is float and type(skew) is float
+    if plain and logit_bias is None and not isinstance(temperature, Tensor):
+        prepared = prepare_plain(given)
+    else:
+        prepared = prepare(dict(zip(OPTION_NAMES, given, strict=True)))
     return checked_loss(student_logits, teacher_logits, labels, weight, sample_weight, prepared)
 
 
@@ -314,17 +356,20 @@ def checked_loss(
             True  # autograd refuses forward mode there; elsewhere the tangent would be lost
         )
     want_terms = bool(return_terms)
-    kind = KDMetrics if options.metrics else KDTerms
     if needs_grad and (chosen.name != "reference" or inplace):
         call = _Call(teacher, labels, weight, options, chosen, inplace, want_terms, tensors)
         result = _FusedKDLoss.apply(student, call)
-        result = kind(*result) if want_terms else result
+        if want_terms:
+            result = KDMetrics(*result) if options.metrics else KDTerms(*result)
     else:
         loss, soft, hard, _, _, metrics = chosen.run(
             student, teacher, labels, weight, options, want_terms, False, False, tensors
         )
-        result = kind(loss, soft, hard, *metrics) if want_terms else loss  # type: ignore[arg-type]
-    if options.intra_class > 0 and options.alpha > 0:
+        result = loss
+        if want_terms:
+            kind = KDMetrics if options.metrics else KDTerms
+            result = kind(loss, soft, hard, *metrics)  # type: ignore[arg-type]
+    if planned and options.intra_class > 0 and options.alpha > 0:
         result = with_intra_class(result, student, teacher, labels, options, tensors)
     if needs_grad and inplace:
         _Overwritten.apply(student)

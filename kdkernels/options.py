@@ -397,6 +397,61 @@ def prepare(given: dict[str, Any]) -> Prepared:
     return Prepared(*checked, tensors, given["inplace"], given["return_terms"], given["backend"])
 
 
+# As kd_loss has them: the order of its signature.
+OPTION_NAMES = (
+    "temperature",
+    "alpha",
+    "ignore_index",
+    "label_smoothing",
+    "reduction",
+    "distill_ignored",
+    "inplace",
+    "return_terms",
+    "backend",
+    "divergence",
+    "beta",
+    "skew",
+    "divergence_alpha",
+    "dkd_alpha",
+    "dkd_beta",
+    "nkd_gamma",
+    "wsld_alpha",
+    "dist_beta",
+    "dist_gamma",
+    "teacher_temperature",
+    "temperature_reduction",
+    "scale_by_t2",
+    "standardize",
+    "taid",
+    "agreement",
+    "entropy_gap",
+    "agreement_reduction",
+    "teacher_weights",
+    "ensemble",
+    "logit_softcap",
+    "logit_scale",
+    "logit_bias",
+    "z_loss",
+    "num_classes",
+)
+_prepared: dict[Any, Prepared] = {}
+
+
+def prepare_plain(given: tuple[Any, ...]) -> Prepared:
+    """:func:`prepare` of values that hold no tensor, which a function is called with every time."""
+    try:
+        # True is 1 to a dictionary, and not to the checks.
+        found = _prepared.get((given, *map(type, given)))
+    except TypeError:  # a list
+        return prepare(dict(zip(OPTION_NAMES, given, strict=True)))
+    if found is None:
+        if len(_prepared) >= 256:
+            _prepared.clear()
+        found = prepare(dict(zip(OPTION_NAMES, given, strict=True)))
+        _prepared[(given, *map(type, given))] = found
+    return found
+
+
 def _split_tensors(given: dict[str, Any]) -> dict[str, Tensor]:
     """Takes the tensors out of ``given``, where a number that is allowed stays in their place."""
     tensors: dict[str, Tensor] = {}
