@@ -54,6 +54,9 @@ def check_tensors(
         if options.z_loss:
             raise ValueError("z_loss and weight do not go together")
         _check_of_classes("weight", weight, classes, student)
+    for name in ("temperature", "sample_weight"):
+        if name in tensors and options.intra_class > 0:
+            raise ValueError(f"dist_gamma and {name} per row do not go together")
     for name, values in tensors.items():
         if name.endswith("_bias"):
             _check_kind("logit_bias", values, "a Tensor or None")

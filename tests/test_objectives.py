@@ -410,6 +410,11 @@ WRONG = [
     ({"dist_gamma": 2.0}, "dist_gamma is for divergence 'dist'"),
     ({"divergence": "dist", "reduction": "none"}, "dist_gamma and reduction='none' do not go"),
     ({"divergence": "dist", "inplace": True}, "dist_gamma and inplace do not go together"),
+    (
+        {"divergence": "dist", "sample_weight": torch.ones(3)},
+        "dist_gamma and sample_weight per row",
+    ),
+    ({"divergence": "dist", "temperature": torch.ones(3)}, "dist_gamma and temperature per row"),
     ({"divergence": "nkd", "distill_ignored": True}, "divergence='nkd' and distill_ignored do not"),
     ({"divergence": "wsld", "teacher_temperature": 2.0}, "divergence='wsld' and teacher_temper"),
     ({"temperature": [1.0, 2.0], "teacher_temperature": 2.0}, "several temperatures and teacher_"),
