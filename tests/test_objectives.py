@@ -412,7 +412,7 @@ WRONG = [
     ({"divergence": "dist", "inplace": True}, "dist_gamma and inplace do not go together"),
     (
         {"divergence": "dist", "sample_weight": torch.ones(3)},
-        "dist_gamma and sample_weight per row",
+        "dist_gamma and sample_weight per",
     ),
     ({"divergence": "dist", "temperature": torch.ones(3)}, "dist_gamma and temperature per row"),
     ({"divergence": "nkd", "distill_ignored": True}, "divergence='nkd' and distill_ignored do not"),
