@@ -128,6 +128,7 @@ def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options, tensor
     if teacher.tail != "renormalize":
         refused["several temperatures"] = bool(options.temperatures)
         refused["agreement"] = options.agreement != 0
+        refused["divergence='hard'"] = "hard" in names
         refused['return_terms="metrics"'] = options.metrics
         wanted = options.teacher_temperature or options.temperature
         if teacher.temperature != wanted:

@@ -136,9 +136,12 @@ def _without_labels(log: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """log of the other classes' total, and of each among them; -inf at the label."""
     label = torch.zeros_like(log, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
     rest = log.masked_fill(label, -torch.inf)
-    total = torch.logsumexp(rest, -1)  # 1 less the label's probability, without forming that
-    # Nothing but the label has mass: what is divided by that stays -inf.
-    return total, rest - torch.where(total == -torch.inf, 0.0, total).unsqueeze(-1)
+    # Where nothing but the label has mass, what is divided by that stays -inf, and has no gradient.
+    nothing = (rest == -torch.inf).all(-1)
+    # 1 less the label's probability, without forming that.
+    total = torch.logsumexp(torch.where(nothing.unsqueeze(-1), 0.0, rest), -1)
+    others = rest - torch.where(nothing, 0.0, total).unsqueeze(-1)
+    return torch.where(nothing, -torch.inf, total), others
 
 
 def _cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -86,10 +86,8 @@ class Options(NamedTuple):
         """Whether a row takes more than one look (kdkernels/backends/plan.py)."""
         if any(DIVERGENCES[term.name].alone and term.name != "dkd" for term in self.divergence):
             return True
-        return self[9:] != _ORDINARY or self.divergence[0].name == "dist"
-
-
-_ORDINARY = tuple(Options._field_defaults.values())[3:]
+        ordinary = Options(*self[: Options._fields.index("temperatures")])
+        return self != ordinary or any(term.name == "dist" for term in self.divergence)
 
 
 class Prepared(NamedTuple):

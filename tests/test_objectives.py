@@ -18,7 +18,7 @@ from formulas import (
     wsld,
 )
 from test_dkd import truth as dkd_truth
-from test_numerics import GRAD_BOUND, inputs
+from test_numerics import GRAD_BOUND, LOSS_BOUND, inputs
 
 from kdkernels import FusedKDLoss, KDMetrics, kd_loss
 
@@ -77,6 +77,57 @@ def test_a_label_that_is_all_there_is(backend, margin):
                     s, t, y, alpha=1.0,
                 )  # fmt: skip
                 compare(expected, s, t, y, backend, divergence=name, temperature=2.0, alpha=1.0)
+
+
+COMBINED = [
+    {"standardize": True},
+    {"weight": torch.linspace(0.5, 2.0, 9), "label_smoothing": 0.1},
+    {"z_loss": 0.05},
+    {"agreement": 0.3, "temperature": [1.0, 3.0], "sample_weight": torch.tensor([0.5, 2.0, 0.0])},
+    {"logit_softcap": 4.0, "logit_scale": (0.5, 2.0), "taid": 0.4},
+    {"inplace": True, "reduction": "sum", "num_classes": 8},
+]
+
+
+@pytest.mark.parametrize("options", COMBINED, ids=lambda o: " ".join(o)[:40])
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("ensemble", [None, "probs", "losses", "logits"])
+def test_options_go_together(options, name, ensemble):
+    """Against the reference, which knows nothing of passes: each of these has been wrong once."""
+    s, t, y = inputs(3, 9)
+    y = y.clamp(max=7)
+    teacher = t if ensemble is None else [t, t.roll(1, 0), t.roll(1, 1)]
+    options = options | (WITHIN_ROWS if name == "dist" else {}) | {"divergence": name}
+    options |= {} if ensemble is None else {"ensemble": ensemble, "teacher_weights": [1, 2, 0.5]}
+    x, z = s.clone().requires_grad_(), s.double().requires_grad_()
+    loss = kd_loss(x * 1, teacher, y, **options)
+    wide = [u.double() for u in teacher] if isinstance(teacher, list) else teacher.double()
+    expected = kd_loss(z, wide, y, backend="reference", **options | {"inplace": False})
+    (loss + expected).backward()
+    assert abs(loss.item() - expected.item()) <= LOSS_BOUND * (1 + abs(expected.item()))
+    error = (x.grad - z.grad).norm()
+    assert error <= GRAD_BOUND[torch.float32] * z.grad.norm()
+
+
+@backend
+@pytest.mark.parametrize("name", ["nkd", "wsld", "dist", "hard"])
+def test_masked_classes(backend, name):
+    s, t, y = inputs(3, 12, dtype=torch.float64)
+    y[:] = 1
+    options = {"divergence": name, "backend": backend, "alpha": 0.5}
+    options |= WITHIN_ROWS if name == "dist" else {}
+    s[1, 5:], t[1, 5:] = -INF, -INF  # in both: as if they were not there
+    s[2, 2:], t[2, 2:], s[2, 0], t[2, 0] = -INF, -INF, -INF, -INF  # nothing but the label
+    x = s.clone().requires_grad_()
+    losses = kd_loss(x, t, y, reduction="none", **options)
+    losses.sum().backward()
+    if name != "dist":  # the mean of a row counts its classes
+        small = kd_loss(s[1:2, :5], t[1:2, :5], y[:1], **options)
+        torch.testing.assert_close(losses[1], small)
+        assert losses[2] == 0
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[1, 5:].eq(0).all()
 
 
 @backend
@@ -184,12 +235,18 @@ def test_standardised_dkd(backend):
 @backend
 @pytest.mark.parametrize("c", [1, 2, 6])
 def test_a_constant_row_can_be_standardised(backend, c):
+    """It is 0, its deviation has no derivative, and what it is divided by is 1e-7."""
     s, t, y = inputs(2, c)
     s[0], t[1] = 3.0, -2.0
-    x = s.clone().requires_grad_()
-    loss = kd_loss(x, t, y, standardize=True, backend=backend)
-    loss.backward()
-    assert torch.isfinite(loss)
+    x, z = s.clone().requires_grad_(), torch.zeros(1, c, dtype=torch.float64, requires_grad=True)
+    rows = kd_loss(x, t, y, standardize=True, alpha=1.0, reduction="none", backend=backend)
+    rows.sum().backward()
+    u = standardized(t[0].double())[None] if c > 1 else torch.zeros(1, 1)
+    expected = kd_loss(z, u, y[:1], alpha=1.0, backend="reference")
+    (expected * 1e7).backward()
+    torch.testing.assert_close(rows[0].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad[:1].double(), z.grad, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(rows).all()
     assert torch.isfinite(x.grad).all()
 
 

@@ -1,6 +1,7 @@
 """Teachers that are not one tensor of logits, and logits that are more than they seem."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -153,6 +154,7 @@ def test_top_k_beside_all_else(backend):
         {"sample_weight": torch.linspace(0, 2, 5).double()},
         {"divergence": {"jsd": 0.5, "forward_kl": torch.linspace(-1, 1, 5).double()}},
         {"agreement": 0.5},
+        {"divergence": "hard"},
         {"label_smoothing": 0.1, "weight": torch.linspace(1, 2, 12).double()},
     ):
         x, z = s.clone().requires_grad_(), s.clone().requires_grad_()
@@ -187,6 +189,15 @@ def test_a_teacher_on_disk(tmp_path):
         TopKTeacher.load(other)
 
 
+def test_storing_a_teacher_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    _, t, _ = inputs(2, 5)
+    with pytest.raises(ImportError, match=r"pip install 'kdkernels\[cache\]'"):
+        TopKTeacher.from_logits(t, 2).save(tmp_path / "teacher.safetensors")
+    with pytest.raises(ImportError, match=r"pip install 'kdkernels\[cache\]'"):
+        TopKTeacher.load(tmp_path / "teacher.safetensors")
+
+
 K = 3
 TOP_K_WRONG = [
     (lambda v, i: (v.long(), i), TypeError, "values must be floating point"),
@@ -216,11 +227,20 @@ def test_what_a_top_k_teacher_does_not_go_together_with():
         ({"standardize": True}, "standardize"),
         ({"taid": 0.5}, "taid"),
         ({"divergence": "dkd"}, "divergence='dkd'"),
+        ({"divergence": "nkd"}, "divergence='nkd'"),
         ({"divergence": "dist"}, "dist_gamma"),
         ({"entropy_gap": 1.0}, "entropy_gap"),
     ):
         with pytest.raises(ValueError, match=rf"TopKTeacher\(tail='renormalize'\) and {name}"):
             kd_loss(s, TopKTeacher.from_logits(t, 2), y, **options)
+    bucket = TopKTeacher.from_logits(t, 2, "bucket", 4.0)
+    for options, name in (
+        ({"divergence": "hard", "temperature": 4.0}, "divergence='hard'"),
+        ({"agreement": 0.1}, "agreement"),
+        ({"return_terms": "metrics"}, "return_terms"),
+    ):
+        with pytest.raises(ValueError, match=rf"TopKTeacher\(tail='bucket'\) and {name}"):
+            kd_loss(s, bucket, y, **options)
     with pytest.raises(ValueError, match="k must be between 1 and the number of classes, 6, got 7"):
         TopKTeacher.from_logits(t, 7)
 

@@ -100,7 +100,9 @@ void measure(const KdProblem& p, const Sums<Real>& sums, const S* student, const
   const V student_max = splat(reference_of(sums.student_max));
   const V teacher_max = splat(reference_of(sums.teacher_max));
   // In the place of -inf: 0 times it is 0, and times 1 / T it is still a number.
-  const V lowest = splat((Real)-0x1p100);
+  const double smaller =
+      p.temperature < p.teacher_temperature ? p.temperature : p.teacher_temperature;
+  const V lowest = splat((Real)(-0x1p100 * (smaller < 1 ? smaller : 1)));
   auto step = [&](V x, V y, Real* d, Real* e) __attribute__((always_inline)) {
     const V ds = at_least(x - student_max, lowest), dt = at_least(y - teacher_max, lowest);
     const V a = ds * (Real)inverse;
@@ -417,7 +419,7 @@ struct RowBetween {
     if (t.kind == kCorrelation && t.norm == 0) value = 1;  // of a constant row
     // They have no class in common.
     const bool logarithm = t.kind == kRenyi || t.kind == kAgreement;
-    if (logarithm && value == value && t.shift < -0x1p90) value = INFINITY;
+    if (logarithm && value == value && t.shift < -0x1p70) value = INFINITY;
     if (!(sums.student > 0) || !(sums.teacher > 0)) return NAN;  // no distribution
     if (value == value && is_infinite(t, sums.masked, sums.teacher_masked)) return INFINITY;
     return value < 0 ? 0 : value;  // rounding

@@ -73,6 +73,39 @@ inline double log_sum(const double* row, int64_t n, double temperature) {
   return top / temperature + log(total(sum));
 }
 
+// The mean and the standard deviation of the logits that are not masked.
+struct Spread {
+  double origin, mean;  // relative to one of them: their offset is nobody's rounding error
+  double deviation, degrees;
+
+  double divisor() const { return deviation + 1e-7; }  // the paper's
+};
+
+template <typename Real>
+Spread spread_of(const Real* row, int64_t n) {
+  typedef Vec<Real> V;
+  const Real masked = -INFINITY;
+  WideSum<Real> sum, counts, squares;
+  Real origin = 0;
+  for (int64_t i = 0; i < n && origin == 0; ++i)
+    if (row[i] != masked) origin = row[i];
+  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const V x = part.get(row + i, masked), none = {}, one = splat((Real)1);
+    sum.add(x == masked ? none : x - origin);
+    counts.add(x == masked ? none : one);
+  });
+  const double count = counts.total(), relative = count > 0 ? sum.total() / count : 0;
+  const Real mean = (Real)relative;
+  const double rest = relative - (double)mean;
+  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const V x = part.get(row + i, masked), none = {}, centred = x - origin - mean;
+    squares.add(x == masked ? none : centred * centred);
+  });
+  const double degrees = count > 1 ? count - 1 : 1;
+  const double variance = (squares.total() - count * rest * rest) / degrees;
+  return {origin, relative, variance < 0 ? 0 : sqrt(variance), degrees};
+}
+
 // The rows of one problem as its passes see them.
 template <typename Real>
 struct Rows {
@@ -112,15 +145,22 @@ struct Rows {
     return is_joint() || p.plan->teachers == 0 ? 1 : p.plan->teacher[view].weight;
   }
 
-  // The teacher of a view at a temperature, which means of probabilities depend on.
-  Effective<Real> teacher(int view, double temperature, Real* values) const {
-    if (as_they_are()) return plain(teacher_row(view), p.plan->teacher[view].dtype, values);
+  // The teacher of a view, as a pass is to divide it by `temperature`, which means of probabilities
+  // depend on; `divisor`, if any: standardised, and times that.
+  Effective<Real> teacher(int view, double temperature, double divisor, Real* values) const {
+    if (as_they_are() && divisor == 0)
+      return plain(teacher_row(view), p.plan->teacher[view].dtype, values);
+    double* const made = is_joint() ? other : wide;
     if (!is_joint()) {
       load_teacher(view, wide);
-      return narrowed(wide, p.classes, values);
+    } else if (p.plan->ensemble == kOfLogits) {
+      mean_of_logits();
+    } else {
+      mean_of_probabilities(divisor == 0 ? temperature : temperature * divisor, divisor);
+      divisor = 0;
     }
-    p.plan->ensemble == kOfLogits ? mean_of_logits() : mean_of_probabilities(temperature);
-    return narrowed(other, p.classes, values);
+    if (divisor != 0) standardize(made, divisor);
+    return narrowed(made, p.classes, values);
   }
 
  private:
@@ -129,6 +169,14 @@ struct Rows {
     if (dtype == kTypeOf<Real>) return {(const Real*)from, 0};
     copy_of(from, dtype, p.classes, values);
     return {values, 0};
+  }
+
+  void standardize(double* logits, double divisor) const {
+    const double own = spread_of(logits, p.classes).divisor(), top = highest_of(logits, p.classes);
+    const double max = reference_of(top);
+    each<double>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      part.put(logits + i, (part.get(logits + i, (double)-INFINITY) - max) * (divisor / own));
+    });
   }
 
   void load_teacher(int k, double* out) const {
@@ -165,9 +213,10 @@ struct Rows {
   }
 
   // T log of the mean, for a pass to divide by T. In `other`.
-  void mean_of_probabilities(double temperature) const {
+  void mean_of_probabilities(double temperature, double divisor) const {
     for (int k = 0; k < p.plan->teachers; ++k) {
       load_teacher(k, wide);
+      if (divisor != 0) standardize(wide, divisor);
       const double all = log_sum(wide, p.classes, temperature) - log(p.plan->teacher[k].weight);
       each<double>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
         const Vec<double> x = part.get(wide + i, 0.0) / temperature - all;

@@ -3,39 +3,6 @@
 // sweeps that serve all others; their gradients are added up, and led back through what was done to
 // the logits. Included inside an anonymous namespace, after jobs.inl.
 
-// The mean of the logits that are not masked, and what they are divided by.
-struct Spread {
-  double origin, mean;  // relative to one of them: their offset is nobody's rounding error
-  double deviation, degrees;
-  bool constant;
-};
-
-template <typename Real>
-Spread spread_of(const Real* row, int64_t n) {
-  typedef Vec<Real> V;
-  const Real masked = -INFINITY;
-  WideSum<Real> sum, counts, squares;
-  Real origin = 0;
-  for (int64_t i = 0; i < n && origin == 0; ++i)
-    if (row[i] != masked) origin = row[i];
-  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    const V x = part.get(row + i, masked), none = {}, one = splat((Real)1);
-    sum.add(x == masked ? none : x - origin);
-    counts.add(x == masked ? none : one);
-  });
-  const double count = counts.total(), relative = count > 0 ? sum.total() / count : 0;
-  const Real mean = (Real)relative;
-  const double rest = relative - (double)mean;
-  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    const V x = part.get(row + i, masked), none = {}, centred = x - origin - mean;
-    squares.add(x == masked ? none : centred * centred);
-  });
-  const double degrees = count > 1 ? count - 1 : 1;
-  const double variance = (squares.total() - count * rest * rest) / degrees;
-  const bool constant = !(variance > 0) && variance == variance;
-  return {origin, relative, constant ? 1 : sqrt(variance) + 1e-7, degrees, constant};
-}
-
 template <typename Real>
 struct Passes {
   const KdProblem& p;
@@ -88,13 +55,11 @@ struct Passes {
     return q;
   }
 
-  // Runs the problem, and adds its gradient to the others'.
-  Good run(KdProblem& q, double& soft_term, double& hard_term) {
+  void run(KdProblem& q, double& soft_term, double& hard_term) {
     q.soft = &soft_term, q.hard = &hard_term;
     soft_term = hard_term = 0;
     const Good of_pass = visit<Real>(q, 0, memory);
     if (of_pass < good) good = of_pass;
-    return of_pass;
   }
 
   // Where the next gradient goes: the first is the beginning of the sum.
@@ -102,7 +67,7 @@ struct Passes {
 
   void add_gradient(const Spread* spread) {
     if (!p.grad) return;
-    if (spread && !spread->constant) project(*spread);
+    if (spread && spread->deviation != 0) project(*spread);
     if (begun) {
       if (squares == 0) squares = sum_of_squares(total, p.classes);
       squares += sum_of_squares(grad, p.classes);
@@ -122,7 +87,7 @@ struct Passes {
       const V x = part.get(student.values + i, masked), none = {};
       dots.add(x == masked ? none : part.get(g + i, zero) * (x - origin - mean));
     });
-    const double factor = dots.total() / (s.deviation * (s.deviation - 1e-7) * s.degrees);
+    const double factor = dots.total() / (s.divisor() * s.deviation * s.degrees);
     each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const V x = part.get(student.values + i, masked), none = {};
       part.put(g + i,
@@ -132,24 +97,25 @@ struct Passes {
     if (sizeof(Real) == 4 && cancels && good == kAll) good = kLoss;
   }
 
-  // The cross entropy in a pass of its own; its value.
-  double cross_entropy() {
+  // The cross entropy in a pass of its own; its value. `plain`: without class weights, smoothing
+  // and z-loss.
+  double cross_entropy(double scale, bool plain) {
     KdProblem q = alone();
     q.temperature = q.teacher_temperature = 1;
-    q.scales.hard_scale = weight * p.scales.hard_scale;
     double value, none;
-    if (is_plain()) {  // the label is all that such a teacher knows
-      q.scales.soft_scale = q.scales.hard_scale;
+    if (plain) {  // the label is all that such a teacher knows
+      q.scales.soft_scale = scale;
       q.soft_factor = q.alpha = 1;
       q.terms = 1, q.term[0] = {kForwardKL, 1, 0, 0, nullptr, nullptr};
       known[0] = {q.label(0), 0, 0, 0, 0};
       value = of_known(q, 1, kRenormalize);
     } else {
+      q.scales.hard_scale = scale;
       q.alpha = 0, q.want_hard = true;
       run(q, none, value);
     }
     add_gradient(nullptr);
-    return weight * value;
+    return value;
   }
 
   // A pass's temperatures in this row.
@@ -166,7 +132,7 @@ struct Passes {
     KdProblem q = alone();
     const double nominal = temperature_of(pass);
     const bool standardize = p.plan->standardize && !pass.added;
-    q.temperature = nominal * (standardize ? of_student.deviation : 1);
+    q.temperature = nominal * (standardize ? of_student.divisor() : 1);
     const double t2 = p.plan->scale_by_t2 && !pass.added ? nominal * nominal : 1;
     q.soft_factor = t2 * pass.weight * rows.weight_of(view) * weight;
     const double base = pass.added ? p.plan->added_scale : p.plan->soft_scale;
@@ -203,21 +169,11 @@ struct Passes {
     if (p.plan->top_k.k > 0) return;
     q.teacher = rows.teacher_row(view), q.teacher_dtype = p.plan->teacher[view].dtype;
     if (rows.as_they_are() && !standardize && !copied) return;
-    q.teacher = rows.teacher(view, temperature, teacher_row).values;
+    // Divided by the student's deviation instead of their own, as the one temperature will do.
+    const double divisor = standardize ? of_student.divisor() : 0;
+    q.teacher = rows.teacher(view, temperature, divisor, teacher_row).values;
     q.teacher_dtype = kTypeOf<Real>;
-    if (standardize) standardize_teacher(q);
-  }
-
-  // Divided by the student's deviation instead of its own, as the one temperature will do.
-  void standardize_teacher(KdProblem& q) {
-    const Real* const from = (const Real*)q.teacher;
-    const double ratio = of_student.deviation / spread_of(from, p.classes).deviation;
-    const Real max = reference_of(highest_of(from, p.classes)), masked = -INFINITY;
-    each<Real>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      part.put(teacher_row + i, (part.get(from + i, masked) - max) * (Real)ratio);
-    });
-    q.teacher = teacher_row;
-    q.teacher_temperature *= of_student.deviation;
+    if (standardize) q.teacher_temperature *= divisor;
   }
 
   // The pass's terms with what is given of them per row.
@@ -235,8 +191,8 @@ struct Passes {
   double compared(KdProblem& q, double base, double t2) {
     if (q.term[0].kind == kNormalized) return normalized(q, base, t2);
     if (q.term[0].kind == kWeightedSoft) return weighted_soft(q);
-    if (q.term[0].kind == kTeacherLabel) return teacher_label(q);
     if (p.plan->top_k.k > 0) return top_k(q);
+    if (q.term[0].kind == kTeacherLabel) return teacher_label(q);
     double value, of_label;
     run(q, value, of_label);
     if (q.want_hard) hard = weight * of_label;
@@ -246,6 +202,7 @@ struct Passes {
   // The k classes of the teacher that are known.
   double top_k(KdProblem& q) {
     const KdTopK& t = p.plan->top_k;
+    if (q.term[0].kind == kTeacherLabel) return known_label(q, t.values + row * t.k);
     double largest = -INFINITY, total = 0;
     const double* values = t.values + row * t.k;
     for (int64_t k = 0; k < t.k; ++k) {
@@ -261,13 +218,22 @@ struct Passes {
   }
 
   // As if the largest class were all that the teacher says.
+  double only(KdProblem& q, int64_t largest, double value) {
+    known[0] = {largest, 0, value == value ? 0 : (double)NAN, 0, 0};
+    q.term[0].kind = kForwardKL;
+    return of_known(q, 1, kRenormalize);
+  }
+
   double teacher_label(KdProblem& q) {
     const Real* const values = (const Real*)q.teacher;
     const Real highest = highest_or_nan(values, p.classes);
-    known[0] = {first_at(values, p.classes, highest), 0, highest == highest ? 0 : (double)NAN, 0,
-                0};
-    q.term[0].kind = kForwardKL;
-    return of_known(q, 1, kRenormalize);
+    return only(q, first_at(values, p.classes, highest), highest);
+  }
+
+  double known_label(KdProblem& q, const double* values) {
+    const int64_t count = p.plan->top_k.k;
+    const double highest = highest_or_nan(values, count);
+    return only(q, p.plan->top_k.indices[row * count + first_at(values, count, highest)], highest);
   }
 
   double of_known(KdProblem& q, int64_t count, KdTail tail) {
@@ -283,10 +249,17 @@ struct Passes {
 
   // The label's cross entropies at temperature 1.
   void look_at_label(const KdProblem& q, int view) {
-    const Effective<Real> teacher = rows.teacher(view, 1, teacher_row);
+    const Effective<Real> teacher = rows.teacher(view, 1, 0, teacher_row);
     ce_of_teacher = cross_entropy_at(teacher.values, p.classes, q.label(0));
     if (q.term[0].kind == kWeightedSoft)
       ce_of_student = cross_entropy_at(student.values, p.classes, q.label(0));
+  }
+
+  // The plain cross entropy in the place of the loss's.
+  void without_options(KdProblem& q) const {
+    q.weight = nullptr;
+    q.label_smoothing = q.z_loss = 0;
+    q.scales.weight_sum = (double)p.classes;
   }
 
   // NKD: the label's cross entropy by the teacher's share of it, at temperature 1; and that of the
@@ -299,12 +272,18 @@ struct Passes {
     const bool any = others.sum > 0 || others.max != others.max;
     const double entropy = any && gamma != 0 ? others.entropy() : 0;
     const bool both = q.want_hard;  // the loss's own cross entropy is the same one
-    q.want_hard = true, q.alpha = both ? q.alpha : 0.5;
-    q.scales.hard_scale = base * at_label + (both ? weight * p.scales.hard_scale : 0);
+    double value, of_label, none;
+    if (p.plan->standardize) {  // which the label's part is not
+      of_label = cross_entropy(base * at_label, true);
+      q.grad = p.grad ? target() : nullptr;
+    } else {
+      if (!both) without_options(q);
+      q.want_hard = true, q.alpha = both ? q.alpha : 0.5;
+      q.scales.hard_scale = base * at_label + (both ? weight * p.scales.hard_scale : 0);
+    }
     q.decoupled = q.general = true;
     q.term[0] = {kDecoupled, share, 0, gamma, nullptr, nullptr};
-    double value, of_label;
-    run(q, value, of_label);
+    run(q, value, q.want_hard ? of_label : none);
     if (both) hard = weight * of_label;
     return at_label * of_label + value + q.soft_factor * share * gamma * entropy;
   }
@@ -341,12 +320,11 @@ struct Passes {
   }
 
   Effective<Real> mean_teacher() {
-    Rows<Real> all = rows;
     KdProblem q = p;
     KdPlan plan = *p.plan;
     if (plan.ensemble == kOfLosses) plan.ensemble = kOfProbabilities;
     q.plan = &plan;
-    return Rows<Real>{q, row, all.wide, all.other}.teacher(0, 1, teacher_row);
+    return Rows<Real>{q, row, rows.wide, rows.other}.teacher(0, 1, 0, teacher_row);
   }
 
   void measure_top_k(double* out, int64_t guess) const {
@@ -371,7 +349,8 @@ struct Passes {
     for (int k = 0; k < plan.passes; ++k)
       if (plan.pass[k].added || p.want_soft)
         for (int view = 0; view < rows.views(); ++view) visit_pass(plan.pass[k], view);
-    if (p.want_hard && label && !hard_is_had) hard = cross_entropy();
+    if (p.want_hard && label && !hard_is_had)
+      hard = weight * cross_entropy(weight * p.scales.hard_scale, is_plain());
     if (plan.metrics) measure();
     if (p.grad && !begun) memset(total, 0, p.classes * sizeof(Real));
     if (sizeof(Real) == 8 || good != kAll || !p.grad || squares == 0) return good;

@@ -330,8 +330,10 @@ inline Step step_to(const KdProblem& p, const Sums<Real>& sums, const Scratch<Re
   const double ds = (double)scratch.student_max[b] - sums.student_max;
   const double dt = (double)scratch.teacher_max[b] - sums.teacher_max;
   Step step = {1, 1, 1};
-  if (ds != 0) step.student = exp(ds * inverse_t), step.hard = exp(ds);
-  if (dt != 0) step.teacher = exp(dt / p.teacher_temperature);
+  // Compared as they are: -inf less -inf is no number.
+  if (scratch.student_max[b] != sums.student_max)
+    step.student = exp(ds * inverse_t), step.hard = exp(ds);
+  if (scratch.teacher_max[b] != sums.teacher_max) step.teacher = exp(dt / p.teacher_temperature);
   return step;
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.backends.native import DTYPE_CODES, REDUCTION_CODES, address, laid_out, why_not_built
-from kdkernels.backends.plan import plan_of
+from kdkernels.backends.plan import needs_plan, plan_of
 from kdkernels.divergences import DIVERGENCES, FORWARD_KL, Term, of_term
 from kdkernels.reference import accumulation_dtype
 from kdkernels.teachers import TopKTeacher, logits_of
@@ -61,7 +61,7 @@ def _new_gradient(student: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _native(options: Options) -> _cpu.Options:
     plain = options.divergence == FORWARD_KL and options.teacher_temperature is None
-    mixture = [] if plain or options.special else options.divergence
+    mixture = [] if plain or needs_plan(options) else options.divergence
     return _cpu.Options(
         options.temperature,
         options.alpha,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 AGREEMENT, ENTROPY_GAP = 13, 14  # of KdDivergence in csrc/cpu/problem.h
 ENSEMBLES = {"probs": 0, "losses": 1, "logits": 2}
+
+
+@functools.lru_cache(maxsize=256)
+def needs_plan(options: Options) -> bool:
+    """Whether the options alone ask for more than one look; tensors may do so, too."""
+    return options._replace(num_classes=None).special
 
 
 class Plan(NamedTuple):
@@ -49,7 +56,7 @@ class Plan(NamedTuple):
 def plan_of(student: Tensor, teacher: Teacher, options: Options, tensors: PerRow) -> Plan | None:
     """The plan of a call, or None where the kernel needs none."""
     other = {"temperature", "sample_weight", "student_bias", "teacher_bias"} & tensors.keys()
-    if isinstance(teacher, Tensor) and not other and not options.special:
+    if isinstance(teacher, Tensor) and not other and not needs_plan(options):
         return None
     from kdkernels import _cpu
 
