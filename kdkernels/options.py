@@ -86,8 +86,16 @@ class Options(NamedTuple):
         """Whether a row takes more than one look (kdkernels/backends/plan.py)."""
         if any(DIVERGENCES[term.name].alone and term.name != "dkd" for term in self.divergence):
             return True
-        ordinary = Options(*self[: Options._fields.index("temperatures")])
-        return self != ordinary or any(term.name == "dist" for term in self.divergence)
+        if any(term.name == "dist" for term in self.divergence):
+            return True
+        return any(getattr(self, name) != usual for name, usual in _OF_ONE_LOOK.items())
+
+
+# What may be something else than this only where a row takes more than one look.
+_OF_ONE_LOOK = {
+    name: Options._field_defaults[name]
+    for name in Options._fields[Options._fields.index("temperatures") :]
+}
 
 
 class Prepared(NamedTuple):

@@ -15,3 +15,4 @@ torch.set_num_threads(1)
 backends.BACKENDS["cpu"] = CUDAOnCPU(
     load(os.environ["KD_CUDA_MODULE"]), int(os.environ["KD_CUDA_DEVICE"])
 )
+backends.PLAIN_CPU.serves = lambda *_: False  # or plain calls would go to the CPU's own

@@ -3,6 +3,7 @@ code published with them, and independent of kdkernels.reference."""
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from test_numerics import GRAD_BOUND, LOSS_BOUND
@@ -10,6 +11,14 @@ from test_numerics import GRAD_BOUND, LOSS_BOUND
 from kdkernels import kd_loss
 
 INF = math.inf
+# The reference is the truth in float64, and what it is in float32.
+everywhere = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*(("cpu", dtype) for dtype in GRAD_BOUND), ("reference", torch.float64)],
+    ids=str,
+)
+backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
+sizes = pytest.mark.parametrize("c", [3, 10, 100, 1000, 2049, 5000])
 
 
 def kl(log_a, log_b):

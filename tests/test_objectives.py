@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formulas import (
+    backend,
     compare,
     dist,
+    everywhere,
     forward_kl,
     hard,
     jsd,
     nkd,
     reverse_kl,
+    sizes,
     standardized,
     truth,
     wsld,
@@ -23,13 +26,6 @@ from test_numerics import GRAD_BOUND, LOSS_BOUND, inputs
 from kdkernels import FusedKDLoss, KDMetrics, kd_loss
 
 INF = math.inf
-everywhere = pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [*(("cpu", dtype) for dtype in GRAD_BOUND), ("reference", torch.float64)],
-    ids=str,
-)
-backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
-sizes = pytest.mark.parametrize("c", [3, 10, 100, 1000, 2049, 5000])
 OBJECTIVES = {"nkd": nkd, "wsld": wsld, "dist": dist, "hard": hard}
 LOOKS = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
 WITHIN_ROWS = {"dist_gamma": 0.0}
@@ -46,8 +42,11 @@ def test_objective(backend, dtype, c, name):
         y[1] = -100
         expected = truth(
             lambda row, t, label, i, T=T: formula(row, t[i].double(), label, T),
-            s, t, y, alpha=alpha,
-        )  # fmt: skip
+            s,
+            t,
+            y,
+            alpha=alpha,
+        )
         compare(expected, s, t, y, backend, divergence=name, temperature=T, alpha=alpha, **more)
 
 
@@ -74,8 +73,11 @@ def test_a_label_that_is_all_there_is(backend, margin):
                     lambda row, t, label, i, formula=formula: formula(
                         row, t[i].double(), label, 2.0
                     ),
-                    s, t, y, alpha=1.0,
-                )  # fmt: skip
+                    s,
+                    t,
+                    y,
+                    alpha=1.0,
+                )
                 compare(expected, s, t, y, backend, divergence=name, temperature=2.0, alpha=1.0)
 
 
@@ -180,8 +182,10 @@ def test_a_temperature_for_each_row(backend, dtype, c):
             lambda row, t, label, i, formula=formula: formula(
                 row, t[i].double(), label, temperature[i].double()
             ),
-            s, t, y,
-        )  # fmt: skip
+            s,
+            t,
+            y,
+        )
         compare(expected, s, t, y, backend, divergence=name, temperature=temperature)
 
 
@@ -194,12 +198,19 @@ def test_several_temperatures(backend, dtype, c):
             lambda row, t, label, i, share=share: sum(
                 share * forward_kl(row, t[i].double(), label, T) for T in (1.0, 2.5, 6.0)
             ),
-            s, t, y,
-        )  # fmt: skip
+            s,
+            t,
+            y,
+        )
         compare(
-            expected, s, t, y, backend,
-            temperature=[1.0, 2.5, 6.0], temperature_reduction=reduction,
-        )  # fmt: skip
+            expected,
+            s,
+            t,
+            y,
+            backend,
+            temperature=[1.0, 2.5, 6.0],
+            temperature_reduction=reduction,
+        )
 
 
 @everywhere
@@ -212,8 +223,10 @@ def test_standardised_logits(backend, dtype, c):
                 lambda row, t, label, i, formula=formula: formula(
                     standardized(row), standardized(t[i].double()), label, 2.0
                 ),
-                s, t, y,
-            )  # fmt: skip
+                s,
+                t,
+                y,
+            )
             compare(expected, s, t, y, backend, divergence=name, temperature=2.0, standardize=True)
 
 

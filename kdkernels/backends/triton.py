@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from kdkernels.backends.base import Result
 from kdkernels.backends.native import address, laid_out
 from kdkernels.backends.reference import check_labels
 from kdkernels.backends.triton_mixture import in_two_parts
+from kdkernels.backends.triton_shapes import GENERAL, PLAIN, shape_of
 from kdkernels.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -40,55 +41,6 @@ COUNTED = 1024  # at a time
 MAX_PARTS = 1024
 AGAIN_PROGRAMS = 1024  # that look for rows to be done again
 REGISTERS = 65536  # of an NVIDIA multiprocessor
-
-
-class Shape(NamedTuple):
-    """Compile-time sizes of a launch of the rows."""
-
-    rows: int  # of a program
-    block: int  # classes of a tile
-    resident: bool  # whole rows stay in registers; else they are swept block by block, twice
-    threads: int
-
-
-class Regime(NamedTuple):
-    """How rows of up to ``classes`` classes are computed."""
-
-    classes: float
-    elements: int  # of a tile: several rows of few classes, or a block of more
-    resident: bool
-    per_thread: int  # elements of a tile
-
-
-# As many elements per thread as spill no register where the gradient is made; what that comes to is
-# recorded by tests/test_triton.py.
-REGIMES = (
-    # A warp per tile: sums without a barrier. More rows would each bring their float64 scalars to
-    # every thread, where rows are not aligned and each thread has a piece of every row.
-    Regime(64, 64, True, 2),
-    Regime(256, 256, True, 4),
-    # One row per program, read once. Beyond 4,096 classes two rows of exponentials and the scalars
-    # are more than the register file gives to that many threads.
-    Regime(4096, 4096, True, 8),
-    # Blocks: small, so that several programs share a multiprocessor and one loads while another
-    # computes. The second sweep finds its row in the L2 cache.
-    Regime(math.inf, 1024, False, 8),
-)
-# In double, which takes twice the registers: float64 logits, and rows that are done again, which
-# come one at a time: those of up to 128 classes in pieces of 64, a class to a thread.
-DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 1024, False, 4))
-AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 512, False, 4))
-# The same where the soft term is more than forward KL, which takes more registers for a class.
-GENERAL = (
-    Regime(64, 64, True, 2),
-    Regime(256, 256, True, 4),
-    Regime(1024, 1024, True, 4),
-    Regime(math.inf, 1024, False, 4),
-)
-GENERAL_DOUBLE = (Regime(64, 64, False, 2), Regime(math.inf, 256, False, 1))
-GENERAL_AGAIN = (Regime(128, 64, False, 1), Regime(math.inf, 256, False, 1))
-
-
 # Of ``Options.features``.
 FEATURES = frozenset(
     {
@@ -97,20 +49,6 @@ FEATURES = frozenset(
         "scale_by_t2=False",
     }
 )
-
-
-def shape_of(classes: int, regimes: tuple[Regime, ...], warp: int) -> Shape:
-    """What a table says of rows of so many classes, with so many threads to a warp."""
-    regime = next(r for r in regimes if classes <= r.classes)
-    block = min(_power_of_two(classes), regime.elements)
-    several = regime.classes <= 64  # a row that is done again comes alone
-    rows = regime.elements // block if several else 1
-    threads = max(rows * block // regime.per_thread, warp)
-    return Shape(rows, block, regime.resident, threads)
-
-
-def _power_of_two(classes: int) -> int:
-    return max(16, 1 << (classes - 1).bit_length())
 
 
 @functools.cache
@@ -448,10 +386,10 @@ class _Launch:
         in_double = torch.float64 in (source.dtype, self.teacher.dtype)
         device = self.student.get_device()
         warp = _warp(device)
-        regimes, registers = (REGIMES, DOUBLE, AGAIN), 200
+        regimes, registers = PLAIN, 200
         if self.general is not None:
-            regimes, registers = (GENERAL, GENERAL_DOUBLE, GENERAL_AGAIN), 255
-        shape = shape_of(self.classes, regimes[in_double], warp)
+            regimes, registers = GENERAL, 255
+        shape = shape_of(self.classes, regimes.in_double if in_double else regimes.in_float, warp)
         terms = None if options.reduction == "none" else self.new(2, self.count)
         again = self.has_double and not in_double
         flags = source.new_empty(self.count, dtype=torch.int8) if again else None
@@ -503,7 +441,7 @@ class _Launch:
             **_launched(shape.threads, device, registers),
         )
         if again:
-            shape = shape_of(self.classes, regimes[2], warp)
+            shape = shape_of(self.classes, regimes.again, warp)
             kernels.again_kernel[(min(self.count, AGAIN_PROGRAMS),)](
                 *arguments,
                 BLOCK=shape.block,
