@@ -440,22 +440,19 @@ OPTION_NAMES = (
     "z_loss",
     "num_classes",
 )
-_prepared: dict[Any, Prepared] = {}
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _prepare_hashable(*given: Any) -> Prepared:
+    return prepare(dict(zip(OPTION_NAMES, given, strict=True)))
 
 
 def prepare_plain(given: tuple[Any, ...]) -> Prepared:
     """:func:`prepare` of values that hold no tensor, which a function is called with every time."""
     try:
-        # True is 1 to a dictionary, and not to the checks.
-        found = _prepared.get((given, *map(type, given)))
-    except TypeError:  # a list
+        return _prepare_hashable(*given)
+    except TypeError:  # an unhashable value, or one of the wrong type
         return prepare(dict(zip(OPTION_NAMES, given, strict=True)))
-    if found is None:
-        if len(_prepared) >= 256:
-            _prepared.clear()
-        found = prepare(dict(zip(OPTION_NAMES, given, strict=True)))
-        _prepared[(given, *map(type, given))] = found
-    return found
 
 
 def _split_tensors(given: dict[str, Any]) -> dict[str, Tensor]:

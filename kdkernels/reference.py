@@ -6,6 +6,7 @@ fast, and materialises everything that the fused kernels never do.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -337,9 +338,7 @@ def _metrics(
 ) -> list[Tensor]:
     log_q = F.log_softmax(student, -1)
     views = teacher.views(torch.ones_like(student[:, :1]), log_q)
-    log_p = torch.logsumexp(
-        torch.stack([log_p + torch.tensor(w).log().to(log_p) for w, log_p, _ in views], -1), -1
-    )
+    log_p = torch.logsumexp(torch.stack([log_p + math.log(w) for w, log_p, _ in views], -1), -1)
     guess, of_teacher = log_q.argmax(-1), log_p.argmax(-1)
     if teacher.top_k is not None:
         best = teacher.forms[0][1].argmax(-1, keepdim=True)

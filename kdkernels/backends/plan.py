@@ -42,7 +42,7 @@ class Plan(NamedTuple):
         columns = self.metrics.to(accumulation_dtype(student.dtype)).unbind(-1)
         if options.reduction == "none":
             return tuple(c.reshape(student.shape[:-1]) for c in columns)
-        counted = torch.ones(student.shape[:-1], dtype=torch.bool)
+        counted = student.new_ones(student.shape[:-1], dtype=torch.bool)
         if "sample_weight" in tensors:
             counted = tensors["sample_weight"] != 0
         with_label = counted & (labels != options.ignore_index) if labels is not None else ~counted
@@ -89,7 +89,7 @@ def plan_of(student: Tensor, teacher: Teacher, options: Options, tensors: PerRow
 def _metrics(student: Tensor, options: Options) -> Tensor | None:
     if not options.metrics:
         return None
-    return torch.zeros(student.shape[:-1].numel(), 4, dtype=torch.float64)
+    return student.new_zeros(student.shape[:-1].numel(), 4, dtype=torch.float64)
 
 
 def _kept(plan: Plan, values: Tensor) -> Tensor:
