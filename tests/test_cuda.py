@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -63,6 +62,8 @@ def on(module_path, monkeypatch):
 
 def test_all_that_is_asked_of_the_cpu_kernel_holds(module_path):
     """Every size to 262,144, temperature, dtype and special value of these two files."""
+    of_the_cpu = "too_large_for_the_caches or instruction_set"
+    left_out = {H100: of_the_cpu, SMALL_WITH_CLUSTERS: f"{of_the_cpu} or vocabulary_sizes"}
     files = [str(TESTS / name) for name in ("test_numerics.py", "test_special_values.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 
@@ -73,12 +74,11 @@ def test_all_that_is_asked_of_the_cpu_kernel_holds(module_path):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         }
-        return subprocess.run(
-            [*command, "-p", "cuda_as_cpu", *files], env=environment, capture_output=True, text=True
-        )
+        chosen = ["-p", "cuda_as_cpu", "-k", f"not ({left_out[device]})", *files]
+        return subprocess.run([*command, *chosen], env=environment, capture_output=True, text=True)
 
     with ThreadPoolExecutor() as pool:
-        for done in pool.map(ask, (H100, SMALL_WITH_CLUSTERS)):
+        for done in pool.map(ask, left_out):
             assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -312,7 +312,7 @@ def test_cuda_then_triton_then_the_reference_with_one_warning(monkeypatch):
         device_types = ("cuda",)
 
         def __init__(self, name, reason):
-            self.name, self.reason = name, reason
+            self.name, self.reason, self.features = name, reason, None
 
         def why_not(self, device, student_dtype, teacher_dtype):
             return self.reason
@@ -399,69 +399,58 @@ def test_info_says_why_there_is_no_cuda(capsys):
 
 # ---- what they compile to -----------------------------------------------------------------------
 
-UNITS = ["rows_bf16.cu", "rows_f16.cu", "rows_f32.cu", "rows_f64.cu", "run.cu"]
-
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Compiler's output and cubin of every unit for sm_80 and sm_90, with the flags of setup.py."""
+def built(tmp_path_factory):
+    """The module as setup.py builds it for sm_80 and sm_90, and what the compiler said."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if not nvcc:
         pytest.skip("needs nvcc")
-    text = (TESTS.parent / "setup.py").read_text(encoding="utf-8")
-    flags = re.search(r'NVCCFLAGS = "(.*)"', text)[1].split()
-    folder = tmp_path_factory.mktemp("cubins")
-
-    def compile_unit(job):
-        unit, architecture = job
-        cubin = folder / f"{unit}.{architecture}.cubin"
-        command = [nvcc, *flags, "-Xptxas=-v", "-cubin", f"-arch=sm_{architecture}"]
-        source = TESTS.parent / "csrc" / "cuda" / unit
-        done = subprocess.run(
-            [*command, source, "-o", cubin], check=True, capture_output=True, text=True
-        )
-        return cubin, done.stderr
-
-    jobs = list(itertools.product(UNITS, (80, 90)))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(compile_unit, jobs), strict=True))
+    folder = tmp_path_factory.mktemp("cuda")
+    path = folder / Path(_cpu.__file__).name.replace("_cpu", "_cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        patch.setenv("KDKERNELS_CUDA", "1")
+        patch.setenv("KDKERNELS_CUDA_ARCHS", "80;90")
+        setup = runpy.run_path(str(TESTS.parent / "setup.py"))
+        description = setup["cuda_ninja_file"](path, setup["find_compiler"]())
+    assert description.count(f"{nvcc} -std") == 1
+    description = description.replace(f"{nvcc} -std", f"{nvcc} -Xptxas=-v -std")
+    (folder / "build.ninja").write_text(description, encoding="utf-8")
+    ninja = [setup["find_ninja"](), "-C", folder]
+    done = subprocess.run(ninja, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    return path, done.stdout
 
 
-def test_no_kernel_spills_a_register_or_has_a_stack(compiled, record_property):
-    kernels = 0
-    for (unit, architecture), (_, output) in compiled.items():
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", output)
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
-        assert frames, output
-        assert all(frame == ("0", "0", "0") for frame in frames), (unit, architecture, frames)
-        record_property(f"{unit} sm_{architecture} registers", json.dumps(sorted(registers)))
-        print(f"{unit} sm_{architecture}: {len(registers)} kernels, {max(registers)} registers")
-        kernels += len(frames)
-    assert kernels > 60
+def test_no_kernel_spills_a_register_or_has_a_stack(built, record_property):
+    about = r"function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+    kernels = re.findall(about + r".*?Used (\d+) registers", built[1], re.DOTALL)
+    assert len(kernels) == built[1].count("bytes stack frame") > 60
+    for name, architecture, stack, spilled, registers in kernels:
+        assert (stack, spilled) == ("0", "0"), (name, architecture)
+        record_property(f"{name} {architecture} registers", int(registers))
 
 
-def test_rows_are_moved_16_bytes_at_a_time(compiled):
+def test_rows_are_moved_16_bytes_at_a_time(built):
     """Into shared memory, out of it, and the gradient to global memory, in every kernel."""
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for (unit, _), (cubin, _) in compiled.items():
-        if not unit.startswith("rows"):
-            continue
-        sass = subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True)
-        for kernel in sass.stdout.split("Function :")[1:]:
-            for access in (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"):
-                name = kernel.split()[0]
-                if "rows_f64" in unit and access.startswith("LDS"):
-                    continue  # in double a class at a time: registers are worth more
-                assert re.search(access, kernel), (unit, name, access)
-            assert not re.search(r"\b(LDL|STL)\b", kernel), (unit, name)
+    sass = subprocess.run([tool, "-sass", built[0]], check=True, capture_output=True, text=True)
+    kernels = [k for k in sass.stdout.split("Function :")[1:] if "rows_kernel" in k.split()[0]]
+    assert len(kernels) > 60
+    for kernel in kernels:
+        name = kernel.split()[0]
+        for access in (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"):
+            if "rows_kernelId" in name and access.startswith("LDS"):
+                continue  # in double a class at a time: registers are worth more
+            assert re.search(access, kernel), (name, access)
+        assert not re.search(r"\b(LDL|STL)\b", kernel), name
 
 
-def test_the_cuda_build_names_no_library_of_torch():
-    """Nothing to do for a GPU here: what the CPU's module promises holds for this one, if built."""
-    path = Path(_cpu.__file__).with_name(Path(_cpu.__file__).name.replace("_cpu", "_cuda"))
-    if not path.exists():
-        pytest.skip("without KDKERNELS_CUDA=1 or a GPU it is not built")
-    binary = path.read_bytes()
+def test_the_cuda_build_names_no_library_of_torch(built):
+    """And it loads where there is no GPU, and says so."""
+    binary = built[0].read_bytes()
     for library in (b"libtorch", b"libc10", b"libcudart.so"):
         assert library not in binary
+    assert load(built[0]).architectures == "sm_80, sm_90"
