@@ -87,7 +87,7 @@ def test_every_dtype_in_blocks(dtype):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 def test_every_option_of_the_cross_entropy(reduction, distill_ignored, weighted, label_smoothing):
-    for dtype, (n, c) in itertools.product((torch.float32, torch.float64), [(9, 10), (4, 300)]):
+    for dtype, (n, c) in ((torch.float32, (9, 10)), (torch.float64, (3, 300))):
         s, t, y = inputs(n, c, dtype=dtype)
         y[1::3] = -100
         weight = torch.rand(c, dtype=dtype) + 0.5 if weighted else None
@@ -798,8 +798,9 @@ if sys.argv[1] != "sm_80":
 for classes in SIZES:
     for dtype in (torch.float32, torch.bfloat16):
         launch("plain", classes, dtype, PLAIN)
-        launch("unaligned", classes - 1, dtype, PLAIN)
-for classes in (16, 128, 1024, 32000):
+for classes in (64, 1024, 32000):
+    launch("unaligned", classes - 1, torch.float32, PLAIN)
+for classes in (16, 128, 1024, 32000) if sys.argv[1] == "sm_90" else (16, 32000):
     launch("double", classes, torch.float64, PLAIN)
     weight = torch.ones(classes - 1)
     launch("full", classes - 1, torch.float32, FULL, weight, True)
