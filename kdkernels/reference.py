@@ -322,14 +322,14 @@ def probabilities(
     labels: Tensor | None,
     options: Options,
     tensors: PerRow,
-) -> tuple[Tensor, Tensor]:
-    """p and q of the rows of the soft term, (active, C), at the temperature of the loss."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p and q, (N, C), at the temperature of the loss, and which rows have a soft term, (N, 1)."""
     student, teacher, rows = _prepared(student_logits, teacher_logits, labels, options, tensors)
     ones, of_teacher = torch.ones_like(student[:, :1]), options.teacher_temperature
     log_q = F.log_softmax(student / options.temperature, -1)
     views = teacher.views(ones * (of_teacher or options.temperature), log_q)
-    p = sum(weight * log_p.exp() for weight, log_p, _ in views)
-    return p[rows.soft], log_q.exp()[rows.soft]  # type: ignore[index]
+    terms = [log_p.exp() if weight == 1 else weight * log_p.exp() for weight, log_p, _ in views]
+    return sum(terms[1:], terms[0]), log_q.exp(), rows.soft[:, None]
 
 
 @torch.no_grad()
