@@ -12,16 +12,17 @@ import functools
 import math
 import os
 import struct
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.backends import triton_mixture
+from kdkernels.backends import triton_general, triton_mixture
 from kdkernels.backends.base import Result
 from kdkernels.backends.native import address, laid_out
-from kdkernels.backends.reference import check_labels
+from kdkernels.backends.reference import ReferenceBackend, check_labels
 from kdkernels.backends.triton_mixture import in_two_parts
 from kdkernels.backends.triton_shapes import GENERAL, PLAIN, shape_of
 from kdkernels.reference import accumulation_dtype
@@ -41,8 +42,8 @@ COUNTED = 1024  # at a time
 MAX_PARTS = 1024
 AGAIN_PROGRAMS = 1024  # that look for rows to be done again
 REGISTERS = 65536  # of an NVIDIA multiprocessor
-# Of ``Options.features``.
-FEATURES = frozenset(
+# Of ``Options.features``, what has kernels of its own.
+SPECIALISED = frozenset(
     {
         *(f"divergence {name}" for name in (*triton_mixture.WEIGHTS, "dkd")),
         "a teacher_temperature of its own",
@@ -137,7 +138,7 @@ def _bits(value: float, has_double: bool) -> int:
 class TritonBackend:
     name = "triton"
     device_types: tuple[str, ...] = DEVICE_TYPES
-    features: frozenset[str] | None = FEATURES
+    features: frozenset[str] | None = None
 
     def unavailable(self) -> str | None:
         return _why_no_device()
@@ -180,9 +181,12 @@ class TritonBackend:
         inplace: bool,
         tensors: PerRow,
     ) -> Result:
-        assert isinstance(teacher, Tensor)  # it has no features of other forms
         if labels is not None and os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
-            check_labels(labels, student.shape[-1], options.ignore_index)
+            classes = options.num_classes or student.shape[-1]
+            check_labels(labels, classes, options.ignore_index)
+        if not isinstance(teacher, Tensor) or _is_general(options, frozenset(tensors)):
+            call = (student, teacher, labels, weight, options, want_terms, want_grad, inplace)
+            return _run_general(*call, tensors)
         shape = student.shape[:-1] if options.reduction == "none" else ()
         loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
         soft = torch.empty_like(loss) if want_terms else None
@@ -255,6 +259,40 @@ def _wide(has_double: bool) -> Any:
     import triton.language as tl
 
     return tl.float64 if has_double else tl.float32
+
+
+@functools.lru_cache(maxsize=256)
+def _is_general(options: Options, tensors: frozenset[str]) -> bool:
+    """Whether it takes the general kernel: slower, and able to do everything."""
+    others = {"temperature", "sample_weight", "student_bias", "teacher_bias"}
+    return bool(options.features - SPECIALISED or tensors & others)
+
+
+def _run_general(
+    student: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    want_terms: bool,
+    want_grad: bool,
+    inplace: bool,
+    tensors: PerRow,
+) -> Result:
+    arguments = (teacher, labels, weight, options, want_terms, want_grad, inplace, tensors)
+    if not _has_double(student.device.type, student.device.index):
+        warnings.warn(
+            "kdkernels uses the slower reference: the GPU has no float64, and only the kernels of "
+            "simple divergences do without",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        student = student if inplace or not want_grad else student.detach().clone()
+        return ReferenceBackend().run(student, *arguments)
+    device = student.get_device()
+    with _current(student.device):
+        launched = functools.partial(_launched, device=device, registers=255)
+        return triton_general.run(_kernels(), launched, student, *arguments)
 
 
 class _Launch:

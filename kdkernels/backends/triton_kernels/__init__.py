@@ -17,6 +17,7 @@ from kdkernels.backends.triton_kernels.batch import (
     scales_kernel,
     sum_kernel,
 )
+from kdkernels.backends.triton_kernels.general import general_kernel, table_kernel
 from kdkernels.backends.triton_kernels.rows import again_kernel, rows_kernel
 from kdkernels.backends.triton_kernels.state import GENERAL_SCALES, SCALES, Asked, Mixture
 
@@ -28,9 +29,11 @@ __all__ = [
     "again_kernel",
     "count_kernel",
     "finish_kernel",
+    "general_kernel",
     "numbers_kernel",
     "rows_kernel",
     "scale_kernel",
     "scales_kernel",
     "sum_kernel",
+    "table_kernel",
 ]

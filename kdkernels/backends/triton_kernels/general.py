@@ -1,0 +1,656 @@
+"""The general kernel: every objective by one skeleton, in float64.
+
+A row is looked at in passes: of each temperature, of each teacher that is compared by itself, of
+terms at temperatures of their own, of the cross entropy. A pass adds its terms' q df/dq up in v,
+from which its part of the gradient follows: (v - q Σ v) / T. What the passes are is read from a
+table of numbers when the kernel runs. A program serves rows in turn, with the same scratch.
+"""
+# What a kernel's arguments are, Triton alone knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kdkernels.backends.triton_kernels.general_rows import (
+    CAP,
+    EACH,
+    HEADER,
+    NO_TEACHER,
+    OWN_TEMPERATURE,
+    OWN_WEIGHT,
+    PASSES,
+    SMOOTHING,
+    STANDARDIZE,
+    STUDENT_SCALE,
+    TEACHER_SIZE,
+    VIEWS,
+    WEIGHT,
+    Z_LOSS,
+    Scratch,
+    Source,
+    Spread,
+    Stats,
+    _expm1,
+    _load_student,
+    _log1p,
+    _make_teacher,
+    _slope,
+    _spread,
+    _stats,
+)
+from kdkernels.backends.triton_kernels.general_terms import (
+    ALPHA_DIVERGENCE,
+    CORRELATION,
+    DECOUPLED,
+    FORWARD_KL,
+    JSD,
+    LABEL,
+    LABEL_BY_TEACHER,
+    METRICS,
+    OTHERS,
+    RENYI,
+    REVERSE_KL,
+    SKEW_FORWARD_KL,
+    SKEW_REVERSE_KL,
+    WEIGHTED_SOFT,
+    View,
+    _compare,
+    _logs,
+    _prepare,
+    _value,
+)
+from kdkernels.backends.triton_kernels.state import _starts
+
+# A pass in the table.
+TERM_OF = tl.constexpr(0)  # of the loss: SOFT, HARD, ADDED, or none
+TEMPERATURE = tl.constexpr(1)
+TEACHER_TEMPERATURE = tl.constexpr(2)  # 0: the same
+PASS_SHARE = tl.constexpr(3)
+AT_ONE = tl.constexpr(4)  # not at the row's own temperature, not standardised, not times T²
+SQUARED = tl.constexpr(5)
+READS = tl.constexpr(6)
+PASS_VIEWS = tl.constexpr(7)
+HOLE = tl.constexpr(8)  # the label is left out
+LABELLED = tl.constexpr(9)  # a label out of range makes the term NaN
+FIRST = tl.constexpr(10)  # term
+TERMS = tl.constexpr(11)
+PASS_SIZE = tl.constexpr(12)
+SOFT = tl.constexpr(0)
+HARD = tl.constexpr(1)
+ADDED = tl.constexpr(2)
+NOTHING = tl.constexpr(3)
+# A term.
+KIND = tl.constexpr(0)
+TERM_WEIGHT = tl.constexpr(1)
+PARAMETER = tl.constexpr(2)
+SECOND = tl.constexpr(3)
+WEIGHT_COLUMN = tl.constexpr(4)  # of what each row has of its own, or -1
+PARAMETER_COLUMN = tl.constexpr(5)
+TERM_SIZE = tl.constexpr(6)
+
+
+class Row(NamedTuple):
+    """What all passes of a row share: scalars and pointers."""
+
+    number: Any
+    rows: Any
+    own: Any  # [columns, rows], or None
+    label: Any  # 0 if there is none
+    hard: Any  # there is one
+    poison: Any  # NaN where it is out of range, 1 elsewhere
+    weight: Any  # of the sample
+    class_weight: Any
+    scales: Any
+    metrics: Any
+    spread: Any  # of the student's logits
+
+
+class Totals(NamedTuple):
+    """What the passes have come to: scalars."""
+
+    soft: Any
+    hard: Any
+    added: Any
+    ce_of_teacher: Any  # of the label, in the last pass that was read at temperature 1
+    ce_of_student: Any
+
+
+class Among(NamedTuple):
+    """What terms add to the gradient beside v: scalars."""
+
+    value: Any
+    extra: Any  # times q
+    entry: Any  # at the hole
+
+
+@triton.jit
+def _of_row(row, column, otherwise):
+    result = otherwise
+    if row.own is not None:
+        if column >= 0:
+            result = tl.load(row.own + column.to(tl.int64) * row.rows + row.number)
+    return result
+
+
+@triton.jit
+def _softplus(x):
+    return _log1p(tl.exp(-tl.abs(x))) + tl.where(x > 0, x, 0.0)
+
+
+# ---- the terms of a pass -------------------------------------------------------------------------
+
+
+@triton.jit
+def _kind_of(kind, weight, a):
+    """Parameters at their ends make a divergence another one, or nothing."""
+    powers = (kind == ALPHA_DIVERGENCE) | (kind == RENYI)
+    skewed = (kind == SKEW_FORWARD_KL) | (kind == SKEW_REVERSE_KL)
+    forward = (kind == JSD) | (kind == SKEW_FORWARD_KL)
+    at_0 = tl.where(forward, FORWARD_KL, REVERSE_KL)
+    at_1 = tl.where(kind == JSD, REVERSE_KL, FORWARD_KL)
+    weight = tl.where(skewed & (a == 1), 0.0, weight)
+    ends = (kind == JSD) | powers | skewed
+    result = tl.where(ends & (a == 0), at_0, tl.where(ends & (a == 1), at_1, kind))
+    return result, weight
+
+
+@triton.jit
+def _sum_term(view, term, begun, class_weight, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+    """f over the classes, and v added to what there is of it."""
+    total = tl.zeros([BLOCK], tl.float64)
+    tl.debug_barrier()
+    for first in range(0, view.n, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        mask = columns < view.n
+        log_p, log_q, unknown = _logs(view, columns, TAIL)
+        inside = (columns < view.classes) & mask
+        f, v = _compare(term, log_p, log_q, columns, class_weight, inside)
+        use = mask & ~unknown & (columns != view.hole)
+        total += tl.where(use, f, 0.0)
+        old = tl.load(view.scratch.v + columns, mask=mask & begun, other=0.0)
+        tl.store(view.scratch.v + columns, old + tl.where(use, term.weight * v, 0.0), mask=mask)
+    tl.debug_barrier()
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _odds(logits, stats, temperature, label):
+    """log q and log(1 - q) of the label: by its log-odds, or 1 - q would have lost its digits."""
+    z = (tl.load(logits + label) - stats.top) / temperature - stats.log
+    z = tl.where(stats.none, z + float("inf"), z)
+    return -_softplus(-z), -_softplus(z)
+
+
+@triton.jit
+def _part(log_p, log_q):
+    """p (log p - log q)."""
+    return tl.where(log_p == float("-inf"), 0.0, tl.exp(log_p) * (log_p - log_q))
+
+
+@triton.jit
+def _decouple(view, a, label):
+    """The label's part of decoupled distillation: its value, and its entry of the gradient."""
+    log_q, log_no_q = _odds(view.scratch.student, view.student, view.temperature, label)
+    log_p, log_no_p = _odds(view.scratch.teacher, view.teacher, view.teacher_temperature, label)
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    # Of the two differences the one that does not cancel.
+    more = tl.where(q > 0.5, tl.exp(log_no_p) - tl.exp(log_no_q), q - p)
+    target = _part(log_p, log_q) + _part(log_no_p, log_no_q)
+    target = tl.where(target < 0, 0.0, target)  # rounding
+    # A term of weight zero is no part of the loss.
+    return tl.where(a == 0, 0.0, a * target), tl.where(a == 0, 0.0, a * more)
+
+
+@triton.jit
+def _add_term(view, at, begun, row, totals, table, among, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+    """One term of a pass."""
+    kind = tl.load(at + KIND).to(tl.int32)
+    weight = _of_row(row, tl.load(at + WEIGHT_COLUMN).to(tl.int32), tl.load(at + TERM_WEIGHT))
+    a = _of_row(row, tl.load(at + PARAMETER_COLUMN).to(tl.int32), tl.load(at + PARAMETER))
+    second = tl.load(at + SECOND)
+    kind, weight = _kind_of(kind, weight, a)
+    of_others = weight  # of what is compared class by class
+    if (kind == CORRELATION) | (kind == OTHERS):
+        of_others = weight * a
+    elif kind == WEIGHTED_SOFT:
+        ratio = totals.ce_of_student / (totals.ce_of_teacher + 1e-7)
+        of_others = weight * a * -_expm1(-tl.where(ratio < 0, 0.0, ratio))
+    elif kind == LABEL_BY_TEACHER:
+        of_others = weight * tl.exp(-totals.ce_of_teacher)
+    elif kind == DECOUPLED:
+        of_others = weight * second
+    value, extra, entry = among.value, among.extra, among.entry
+    if of_others != 0:
+        smoothing = tl.load(table + SMOOTHING)
+        term = _prepare(
+            view, kind, of_others, a, second, row.label, row.class_weight, smoothing, TAIL, BLOCK
+        )
+        if kind == METRICS:
+            out = row.metrics
+            if out is not None:
+                same = (view.student.at == view.teacher.at).to(tl.float64)
+                right = ((view.student.at == row.label) & row.hard).to(tl.float64)
+                tl.store(out + row.number * 4, term.more)
+                tl.store(out + row.number * 4 + 1, term.shift)
+                tl.store(out + row.number * 4 + 2, same)
+                tl.store(out + row.number * 4 + 3, right)
+        else:
+            total = _sum_term(view, term, begun, row.class_weight, TAIL, BLOCK)
+            begun = begun | (of_others != 0)
+            value += of_others * _value(view, term, total)
+    if (kind == DECOUPLED) & (weight != 0):
+        of_label, more = _decouple(view, a, row.label)
+        value += weight * of_label
+        entry += weight * more
+        extra -= weight * more
+    if kind == LABEL:
+        z_loss, log_sum = tl.load(table + Z_LOSS), view.student.top + view.student.log
+        if z_loss != 0:
+            value += z_loss * log_sum * log_sum
+            extra += 2 * z_loss * log_sum
+    return begun, Among(value, extra, entry)
+
+
+# ---- the gradient of a pass ----------------------------------------------------------------------
+
+
+class Sums(NamedTuple):
+    """Of v and q: scalars."""
+
+    at_sure: Any  # the class that the student is sure of
+    others: Any
+    known: Any
+    known_q: Any
+    bucket: Any
+
+
+@triton.jit
+def _sums_of_v(view, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+    at_sure, others = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    known, known_q = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    bucket = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, view.n, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        v = tl.load(view.scratch.v + columns, mask=columns < view.n, other=0.0)
+        sure = columns == view.student.at
+        at_sure += tl.where(sure, v, 0.0)
+        others += tl.where(sure, 0.0, v)
+        if TAIL:
+            _, log_q, unknown = _logs(view, columns, TAIL)
+            is_known = (columns < view.classes) & ~unknown
+            known += tl.where(is_known, v, 0.0)
+            known_q += tl.where(is_known, tl.exp(log_q), 0.0)
+            bucket += tl.where(columns == view.classes, v, 0.0)
+    return Sums(
+        tl.sum(at_sure, 0),
+        tl.sum(others, 0),
+        tl.sum(known, 0),
+        tl.sum(known_q, 0),
+        tl.sum(bucket, 0),
+    )
+
+
+@triton.jit
+def _add_gradient(
+    view, factor, among, spread, standardized, TAIL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """factor · (v - q Σ v), and what there is beside v."""
+    sums = _sums_of_v(view, TAIL, BLOCK)
+    # Where q is nearly 1, both are summed over all other classes instead.
+    one = 1 + view.student.rest
+    at_sure = sums.at_sure * (view.student.rest / one) - sums.others / one
+    mean = sums.at_sure + sums.others
+    # df/dq of the classes without a teacher less the mean, of which it may be nearly all.
+    log_rest = tl.where(view.log_rest == float("-inf"), 0.0, view.log_rest)
+    below = sums.bucket * tl.exp(-log_rest) * sums.known_q - sums.known
+    dots = tl.zeros([BLOCK], tl.float64)
+    tl.debug_barrier()
+    for first in range(0, view.classes, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        mask = columns < view.classes
+        _, log_q, unknown = _logs(view, columns, TAIL)
+        q = tl.exp(log_q)
+        g = tl.load(view.scratch.v + columns, mask=mask, other=0.0) - q * mean
+        g = tl.where(columns == view.student.at, at_sure, g)
+        if TAIL:
+            g = tl.where(unknown, q * below, g)
+        g = factor * (g + among.extra * q + tl.where(columns == view.hole, among.entry, 0.0))
+        old = tl.load(view.scratch.grad + columns, mask=mask, other=0.0)
+        tl.store(view.scratch.grad + columns, old + g, mask=mask)
+        s = tl.load(view.scratch.student + columns, mask=mask, other=float("-inf"))
+        dots += tl.where(s == float("-inf"), 0.0, g * (s - spread.origin - spread.mean))
+    tl.debug_barrier()
+    # A standardised row has a temperature of its own, which its logits change, too.
+    if standardized & (spread.deviation != 0):
+        slope = tl.sum(dots, 0) / (spread.divisor * spread.deviation * spread.degrees)
+        for first in range(0, view.classes, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            mask = columns < view.classes
+            s = tl.load(view.scratch.student + columns, mask=mask, other=float("-inf"))
+            centred = tl.where(s == float("-inf"), 0.0, s - spread.origin - spread.mean)
+            old = tl.load(view.scratch.grad + columns, mask=mask, other=0.0)
+            tl.store(view.scratch.grad + columns, old - slope * centred, mask=mask)
+        tl.debug_barrier()
+
+
+# ---- passes --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log_tail(row, classes, BLOCK: tl.constexpr):
+    """log of what the known classes of a top-k teacher leave."""
+    mass = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, classes, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        x = tl.load(row + columns, mask=columns < classes, other=float("inf"))
+        mass += tl.where(x == float("inf"), 0.0, tl.exp(x))
+    known = tl.sum(mass, 0)
+    # Rounding may leave a little more than 1; what remains is then nothing.
+    return tl.where(known >= 1, float("-inf"), _log1p(-tl.where(known >= 1, 0.0, known)))
+
+
+@triton.jit
+def _log_rest(scratch, student, temperature, classes, BLOCK: tl.constexpr):
+    """log q of all classes that a top-k teacher says nothing of."""
+    others = _stats(scratch.student, temperature, -1, scratch.teacher, classes, BLOCK)
+    result = (others.top - student.top) / temperature - student.log + others.log
+    return tl.where(others.none & (student.log == student.log), float("-inf"), result)
+
+
+@triton.jit
+def _distribution(row, temperature, hole, classes, BLOCK: tl.constexpr):
+    stats = _stats(row, temperature, hole, None, classes, BLOCK)
+    # Without any class it is none; the label may be all that there is.
+    log = tl.where(stats.none & (hole < 0), float("nan"), stats.log)
+    return Stats(stats.top, stats.at, stats.rest, log, stats.none)
+
+
+@triton.jit
+def _view(
+    source, scratch, temperature, of_teacher, hole, reads, TAIL: tl.constexpr, BLOCK: tl.constexpr
+):
+    student = _distribution(scratch.student, temperature, hole, source.classes, BLOCK)
+    teacher = student
+    tailed = reads < 0
+    n, log_tail, log_rest = source.classes, temperature * 0, temperature * 0
+    if TAIL:
+        tailed = reads != NO_TEACHER
+        if tailed:
+            zero = temperature * 0
+            of_teacher = zero + 1  # what is known of it is there as it is
+            teacher = Stats(zero, student.at, zero, zero, reads < 0)
+            log_rest = _log_rest(scratch, student, temperature, source.classes, BLOCK)
+            if TAIL == 1:
+                n = n + 1
+                log_tail = _log_tail(scratch.teacher, source.classes, BLOCK)
+                log_tail = tl.where(source.k == source.classes, float("-inf"), log_tail)
+    elif reads != NO_TEACHER:
+        teacher = _distribution(scratch.teacher, of_teacher, hole, source.classes, BLOCK)
+    return View(
+        scratch,
+        source.classes,
+        n,
+        hole,
+        temperature,
+        of_teacher,
+        student,
+        teacher,
+        tailed,
+        log_tail,
+        log_rest,
+    )
+
+
+@triton.jit
+def _visit_pass(
+    source,
+    scratch,
+    row,
+    totals,
+    at,
+    view_number,
+    terms,
+    GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    table = source.table
+    kind, reads = tl.load(at + TERM_OF).to(tl.int32), tl.load(at + READS).to(tl.int32)
+    at_one, own_teacher = tl.load(at + AT_ONE) != 0, tl.load(at + TEACHER_TEMPERATURE)
+    nominal = tl.load(at + TEMPERATURE)
+    if not at_one:
+        column = tl.load(table + OWN_TEMPERATURE).to(tl.int32)
+        nominal = _of_row(row, column, nominal)
+    of_teacher = tl.where(own_teacher == 0, nominal, own_teacher)
+    standardized = (tl.load(table + STANDARDIZE) != 0) & ~at_one
+    if reads != NO_TEACHER:
+        of_teacher = _make_teacher(
+            source, scratch, reads, view_number, of_teacher, standardized, TAIL, BLOCK
+        )
+    temperature = nominal
+    if standardized:
+        temperature = nominal * row.spread.divisor
+    hole = tl.where(tl.load(at + HOLE) != 0, row.label, -1)
+    view = _view(source, scratch, temperature, of_teacher, hole, reads, TAIL, BLOCK)
+    ce_of_teacher, ce_of_student = totals.ce_of_teacher, totals.ce_of_student
+    labelled = tl.load(at + LABELLED) != 0
+    if labelled & at_one:
+        s, t = tl.load(scratch.student + row.label), tl.load(scratch.teacher + row.label)
+        ce_of_student = view.student.log - (s - view.student.top)
+        ce_of_teacher = view.teacher.log - (t - view.teacher.top) / of_teacher
+    totals = Totals(totals.soft, totals.hard, totals.added, ce_of_teacher, ce_of_student)
+
+    zero = temperature * 0
+    count = tl.load(at + TERMS).to(tl.int32)
+    among, begun = Among(zero, zero, zero), count < 0
+    first = terms + tl.load(at + FIRST).to(tl.int32) * TERM_SIZE
+    for i in range(0, count):
+        begun, among = _add_term(
+            view, first + i * TERM_SIZE, begun, row, totals, table, among, TAIL, BLOCK
+        )
+    share = tl.load(at + PASS_SHARE) * row.weight
+    if reads == EACH:
+        if source.count > 1:
+            share *= tl.load(source.of_teachers + view_number * TEACHER_SIZE + WEIGHT)
+    if labelled | (kind == HARD):
+        share *= row.poison
+    if tl.load(at + SQUARED) != 0:
+        share *= nominal * nominal
+    if GRAD:
+        if kind != NOTHING:
+            scale = tl.load(row.scales + kind)
+            factor = scale * share / temperature
+            if (scale != 0) & (count > 0):
+                if not begun:  # no term has a weight
+                    tl.debug_barrier()
+                    for begin in range(0, view.n, BLOCK):
+                        columns = begin + tl.arange(0, BLOCK)
+                        none = tl.zeros([BLOCK], tl.float64)
+                        tl.store(scratch.v + columns, none, mask=columns < view.n)
+                    tl.debug_barrier()
+                _add_gradient(view, factor, among, row.spread, standardized, TAIL, BLOCK)
+    value = among.value * share
+    return Totals(
+        totals.soft + tl.where(kind == SOFT, value, 0.0),
+        totals.hard + tl.where(kind == HARD, value, 0.0),
+        totals.added + tl.where(kind == ADDED, value, 0.0),
+        ce_of_teacher,
+        ce_of_student,
+    )
+
+
+@triton.jit
+def _visit_row(
+    source, scratch, row, terms, GRAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr
+):
+    table = source.table
+    _load_student(source, scratch, GRAD, BLOCK)
+    spread = row.spread
+    if tl.load(table + STANDARDIZE) != 0:
+        spread = _spread(scratch.student, source.classes, BLOCK)
+    row = Row(
+        row.number,
+        row.rows,
+        row.own,
+        row.label,
+        row.hard,
+        row.poison,
+        row.weight,
+        row.class_weight,
+        row.scales,
+        row.metrics,
+        spread,
+    )
+    zero = row.weight * 0
+    totals = Totals(zero, zero, zero, zero, zero)
+    passes = tl.load(table + PASSES).to(tl.int32)
+    for view in range(0, tl.load(table + VIEWS).to(tl.int32)):
+        for i in range(0, passes):
+            at = table + HEADER + i * PASS_SIZE
+            here = view < tl.load(at + PASS_VIEWS).to(tl.int32)
+            if here & ((tl.load(at + TERM_OF) != HARD) | row.hard):
+                totals = _visit_pass(
+                    source, scratch, row, totals, at, view, terms, GRAD, TAIL, BLOCK
+                )
+    return totals
+
+
+@triton.jit
+def _write_gradient(source, scratch, grad, start, active, BLOCK: tl.constexpr):
+    """Of the logits as they came; in place they are read for the last time."""
+    scale, cap = tl.load(source.table + STUDENT_SCALE), tl.load(source.table + CAP)
+    for first in range(0, source.classes, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        mask = columns < source.classes
+        use = mask & active
+        g = tl.load(scratch.grad + columns, mask=use, other=0.0)
+        x = tl.load(source.student + source.student_start + columns, mask=use, other=0.0)
+        slope = _slope(x.to(tl.float64), source.student_bias, columns, mask, scale, cap)
+        tl.store(grad + start + columns, (g * slope).to(grad.dtype.element_ty), mask=mask)
+
+
+NOT_SPECIALIZED = [
+    "rows",
+    "classes",
+    "width",
+    "k",
+    "count",
+    "passes",
+    "terms",
+    "ignore_index",
+    "student_inner",
+    "student_outer",
+    "student_step",
+    "grad_inner",
+    "grad_outer",
+    "grad_step",
+]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def general_kernel(
+    student,
+    teachers,  # a tuple of several; none with a top-k teacher
+    values,  # of a top-k teacher, [rows, k], or None
+    indices,
+    grad,  # None: loss only; may be the student
+    labels,  # None: every row active, no cross entropy
+    class_weight,
+    student_bias,  # [classes], or None
+    teacher_bias,
+    table,
+    scales,  # of the gradients of SOFT, HARD and ADDED
+    own,  # [columns, rows]: what each row has of its own, or None
+    terms_of_rows,  # [3, rows]: SOFT, HARD and ADDED
+    metrics,  # [rows, 4], or None
+    scratch,  # [programs, 4, width], float64
+    rows,
+    classes,
+    width,
+    k,
+    count,
+    passes,
+    terms,
+    ignore_index: tl.int64,
+    student_inner,
+    student_outer,
+    student_step,
+    grad_inner,
+    grad_outer,
+    grad_step,
+    DISTILL_IGNORED: tl.constexpr,
+    TAIL: tl.constexpr,  # 0: no class is without a teacher, 1: those are one class, 2: left out
+    BLOCK: tl.constexpr,
+):
+    """The terms of every row, and its gradient."""
+    scratch += tl.program_id(0).to(tl.int64) * 4 * width
+    memory = Scratch(scratch, scratch + width, scratch + 2 * width, scratch + 3 * width)
+    at_terms = table + HEADER + passes * PASS_SIZE
+    of_teachers = at_terms + terms * TERM_SIZE
+    for number in range(tl.program_id(0), rows, tl.num_programs(0)):
+        r = tl.zeros([], tl.int64) + number
+        zero = tl.zeros([], tl.float64)
+        label, hard, poison = tl.zeros([], tl.int32), r < 0, zero + 1
+        active = r >= 0
+        if labels is not None:
+            given = tl.load(labels + r).to(tl.int64)
+            hard = given != ignore_index
+            fits = (given >= 0) & (given < classes)
+            poison = tl.where(hard & ~fits, float("nan"), poison)
+            label = tl.where(hard & fits, given, 0).to(tl.int32)
+            if not DISTILL_IGNORED:
+                active = hard
+        row = Row(
+            r,
+            rows,
+            own,
+            label,
+            hard,
+            poison,
+            zero + 1,
+            class_weight,
+            scales,
+            metrics,
+            Spread(zero, zero, zero, zero, zero),
+        )
+        weight = _of_row(row, tl.load(table + OWN_WEIGHT).to(tl.int32), zero + 1)
+        row = Row(
+            r, rows, own, label, hard, poison, weight, class_weight, scales, metrics, row.spread
+        )
+        active = active & (weight != 0)
+        source = Source(
+            student,
+            teachers,
+            values,
+            indices,
+            student_bias,
+            teacher_bias,
+            k,
+            table,
+            of_teachers,
+            count,
+            _starts(r, student_inner, student_outer, student_step, True),
+            r,
+            classes,
+        )
+        totals = Totals(zero, zero, zero, zero, zero)
+        if active:
+            totals = _visit_row(source, memory, row, at_terms, grad is not None, TAIL, BLOCK)
+        tl.store(terms_of_rows + r, totals.soft)
+        tl.store(terms_of_rows + rows + r, totals.hard)
+        tl.store(terms_of_rows + 2 * rows + r, totals.added)
+        if grad is not None:
+            start = _starts(r, grad_inner, grad_outer, grad_step, True)
+            _write_gradient(source, memory, grad, start, active, BLOCK)
+
+
+@triton.jit
+def table_kernel(numbers, table, COUNT: tl.constexpr):
+    """Writes numbers that come as two float32 each, as Triton would round them to one."""
+    for i in tl.static_range(COUNT):
+        number = tl.zeros([], tl.float64) + numbers[2 * i] + numbers[2 * i + 1]
+        tl.store(table + i, number)
