@@ -32,8 +32,9 @@ JOINT = {"probs": MEAN_OF_PROBABILITIES, "losses": EACH, "logits": MEAN_OF_LOGIT
 
 SCRATCH_BYTES = 1 << 27  # of all programs
 PROGRAMS = 1024
-BLOCK = 1024  # classes at a time
-PER_THREAD = 4
+BLOCK = 512  # classes at a time
+PER_THREAD = 2
+KEPT = 16
 NUMBERS = 32  # that one launch writes into the table
 
 
@@ -425,7 +426,7 @@ class _Call:
             self.own(),
             self.terms,
             self.metrics,
-            source.new_empty(programs, 4, width, dtype=torch.float64),
+            source.new_empty(programs, 4 * width + KEPT, dtype=torch.float64),
             self.rows,
             self.classes,
             width,

@@ -17,9 +17,17 @@ import triton.language as tl
 
 from kdkernels.backends.triton_kernels.general_rows import (
     CAP,
+    CE_OF_STUDENT,
+    CE_OF_TEACHER,
+    DEGREES,
+    DEVIATION,
+    DIVISOR,
     EACH,
     HEADER,
+    KEPT,
+    MEAN,
     NO_TEACHER,
+    ORIGIN,
     OWN_TEMPERATURE,
     OWN_WEIGHT,
     PASSES,
@@ -32,14 +40,13 @@ from kdkernels.backends.triton_kernels.general_rows import (
     Z_LOSS,
     Scratch,
     Source,
-    Spread,
     Stats,
     _expm1,
+    _keep_spread,
     _load_student,
     _log1p,
     _make_teacher,
     _slope,
-    _spread,
     _stats,
 )
 from kdkernels.backends.triton_kernels.general_terms import (
@@ -106,17 +113,7 @@ class Row(NamedTuple):
     class_weight: Any
     scales: Any
     metrics: Any
-    spread: Any  # of the student's logits
-
-
-class Totals(NamedTuple):
-    """What the passes have come to: scalars."""
-
-    soft: Any
-    hard: Any
-    added: Any
-    ce_of_teacher: Any  # of the label, in the last pass that was read at temperature 1
-    ce_of_student: Any
+    totals: Any  # of this row: SOFT, HARD and ADDED, a column each
 
 
 class Among(NamedTuple):
@@ -206,7 +203,7 @@ def _decouple(view, a, label):
 
 
 @triton.jit
-def _add_term(view, at, begun, row, totals, table, among, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+def _add_term(view, at, begun, row, table, among, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """One term of a pass."""
     kind = tl.load(at + KIND).to(tl.int32)
     weight = _of_row(row, tl.load(at + WEIGHT_COLUMN).to(tl.int32), tl.load(at + TERM_WEIGHT))
@@ -217,10 +214,11 @@ def _add_term(view, at, begun, row, totals, table, among, TAIL: tl.constexpr, BL
     if (kind == CORRELATION) | (kind == OTHERS):
         of_others = weight * a
     elif kind == WEIGHTED_SOFT:
-        ratio = totals.ce_of_student / (totals.ce_of_teacher + 1e-7)
+        kept = view.scratch.kept
+        ratio = tl.load(kept + CE_OF_STUDENT) / (tl.load(kept + CE_OF_TEACHER) + 1e-7)
         of_others = weight * a * -_expm1(-tl.where(ratio < 0, 0.0, ratio))
     elif kind == LABEL_BY_TEACHER:
-        of_others = weight * tl.exp(-totals.ce_of_teacher)
+        of_others = weight * tl.exp(-tl.load(view.scratch.kept + CE_OF_TEACHER))
     elif kind == DECOUPLED:
         of_others = weight * second
     value, extra, entry = among.value, among.extra, among.entry
@@ -295,9 +293,15 @@ def _sums_of_v(view, TAIL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_gradient(
-    view, factor, among, spread, standardized, TAIL: tl.constexpr, BLOCK: tl.constexpr
-):
+def _centred(view, columns, mask):
+    """The student's logits less their mean; 0 for masked ones."""
+    kept = view.scratch.kept
+    s = tl.load(view.scratch.student + columns, mask=mask, other=float("-inf"))
+    return tl.where(s == float("-inf"), 0.0, s - tl.load(kept + ORIGIN) - tl.load(kept + MEAN))
+
+
+@triton.jit
+def _add_gradient(view, factor, among, standardized, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """factor · (v - q Σ v), and what there is beside v."""
     sums = _sums_of_v(view, TAIL, BLOCK)
     # Where q is nearly 1, both are summed over all other classes instead.
@@ -321,19 +325,20 @@ def _add_gradient(
         g = factor * (g + among.extra * q + tl.where(columns == view.hole, among.entry, 0.0))
         old = tl.load(view.scratch.grad + columns, mask=mask, other=0.0)
         tl.store(view.scratch.grad + columns, old + g, mask=mask)
-        s = tl.load(view.scratch.student + columns, mask=mask, other=float("-inf"))
-        dots += tl.where(s == float("-inf"), 0.0, g * (s - spread.origin - spread.mean))
+        if standardized:
+            dots += g * _centred(view, columns, mask)
     tl.debug_barrier()
     # A standardised row has a temperature of its own, which its logits change, too.
-    if standardized & (spread.deviation != 0):
-        slope = tl.sum(dots, 0) / (spread.divisor * spread.deviation * spread.degrees)
+    kept = view.scratch.kept
+    if standardized & (tl.load(kept + DEVIATION) != 0):
+        slope = tl.sum(dots, 0) / (tl.load(kept + DIVISOR) * tl.load(kept + DEVIATION))
+        slope = slope / tl.load(kept + DEGREES)
         for first in range(0, view.classes, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             mask = columns < view.classes
-            s = tl.load(view.scratch.student + columns, mask=mask, other=float("-inf"))
-            centred = tl.where(s == float("-inf"), 0.0, s - spread.origin - spread.mean)
             old = tl.load(view.scratch.grad + columns, mask=mask, other=0.0)
-            tl.store(view.scratch.grad + columns, old - slope * centred, mask=mask)
+            old -= slope * _centred(view, columns, mask)
+            tl.store(view.scratch.grad + columns, old, mask=mask)
         tl.debug_barrier()
 
 
@@ -410,7 +415,6 @@ def _visit_pass(
     source,
     scratch,
     row,
-    totals,
     at,
     view_number,
     terms,
@@ -433,28 +437,27 @@ def _visit_pass(
         )
     temperature = nominal
     if standardized:
-        temperature = nominal * row.spread.divisor
+        temperature = nominal * tl.load(scratch.kept + DIVISOR)
     hole = tl.where(tl.load(at + HOLE) != 0, row.label, -1)
     view = _view(source, scratch, temperature, of_teacher, hole, reads, TAIL, BLOCK)
-    ce_of_teacher, ce_of_student = totals.ce_of_teacher, totals.ce_of_student
     labelled = tl.load(at + LABELLED) != 0
     if labelled & at_one:
         s, t = tl.load(scratch.student + row.label), tl.load(scratch.teacher + row.label)
-        ce_of_student = view.student.log - (s - view.student.top)
-        ce_of_teacher = view.teacher.log - (t - view.teacher.top) / of_teacher
-    totals = Totals(totals.soft, totals.hard, totals.added, ce_of_teacher, ce_of_student)
+        of_label = view.student.log - (s - view.student.top)
+        tl.store(scratch.kept + CE_OF_STUDENT, of_label)
+        of_label = view.teacher.log - (t - view.teacher.top) / of_teacher
+        tl.store(scratch.kept + CE_OF_TEACHER, of_label)
+        tl.debug_barrier()
 
     zero = temperature * 0
     count = tl.load(at + TERMS).to(tl.int32)
     among, begun = Among(zero, zero, zero), count < 0
     first = terms + tl.load(at + FIRST).to(tl.int32) * TERM_SIZE
     for i in range(0, count):
-        begun, among = _add_term(
-            view, first + i * TERM_SIZE, begun, row, totals, table, among, TAIL, BLOCK
-        )
+        begun, among = _add_term(view, first + i * TERM_SIZE, begun, row, table, among, TAIL, BLOCK)
     share = tl.load(at + PASS_SHARE) * row.weight
     if reads == EACH:
-        if source.count > 1:
+        if source.teacher_count > 1:
             share *= tl.load(source.of_teachers + view_number * TEACHER_SIZE + WEIGHT)
     if labelled | (kind == HARD):
         share *= row.poison
@@ -472,15 +475,10 @@ def _visit_pass(
                         none = tl.zeros([BLOCK], tl.float64)
                         tl.store(scratch.v + columns, none, mask=columns < view.n)
                     tl.debug_barrier()
-                _add_gradient(view, factor, among, row.spread, standardized, TAIL, BLOCK)
-    value = among.value * share
-    return Totals(
-        totals.soft + tl.where(kind == SOFT, value, 0.0),
-        totals.hard + tl.where(kind == HARD, value, 0.0),
-        totals.added + tl.where(kind == ADDED, value, 0.0),
-        ce_of_teacher,
-        ce_of_student,
-    )
+                _add_gradient(view, factor, among, standardized, TAIL, BLOCK)
+    if kind != NOTHING:
+        out = row.totals + kind * row.rows
+        tl.store(out, tl.load(out) + among.value * share)
 
 
 @triton.jit
@@ -489,34 +487,15 @@ def _visit_row(
 ):
     table = source.table
     _load_student(source, scratch, GRAD, BLOCK)
-    spread = row.spread
     if tl.load(table + STANDARDIZE) != 0:
-        spread = _spread(scratch.student, source.classes, BLOCK)
-    row = Row(
-        row.number,
-        row.rows,
-        row.own,
-        row.label,
-        row.hard,
-        row.poison,
-        row.weight,
-        row.class_weight,
-        row.scales,
-        row.metrics,
-        spread,
-    )
-    zero = row.weight * 0
-    totals = Totals(zero, zero, zero, zero, zero)
+        _keep_spread(scratch, source.classes, BLOCK)
     passes = tl.load(table + PASSES).to(tl.int32)
     for view in range(0, tl.load(table + VIEWS).to(tl.int32)):
         for i in range(0, passes):
             at = table + HEADER + i * PASS_SIZE
             here = view < tl.load(at + PASS_VIEWS).to(tl.int32)
             if here & ((tl.load(at + TERM_OF) != HARD) | row.hard):
-                totals = _visit_pass(
-                    source, scratch, row, totals, at, view, terms, GRAD, TAIL, BLOCK
-                )
-    return totals
+                _visit_pass(source, scratch, row, at, view, terms, GRAD, TAIL, BLOCK)
 
 
 @triton.jit
@@ -565,9 +544,9 @@ def general_kernel(
     table,
     scales,  # of the gradients of SOFT, HARD and ADDED
     own,  # [columns, rows]: what each row has of its own, or None
-    terms_of_rows,  # [3, rows]: SOFT, HARD and ADDED
+    terms_of_rows,  # [3, rows]: SOFT, HARD and ADDED; zeros
     metrics,  # [rows, 4], or None
-    scratch,  # [programs, 4, width], float64
+    scratch,  # of each program, float64: Scratch
     rows,
     classes,
     width,
@@ -587,8 +566,10 @@ def general_kernel(
     BLOCK: tl.constexpr,
 ):
     """The terms of every row, and its gradient."""
-    scratch += tl.program_id(0).to(tl.int64) * 4 * width
-    memory = Scratch(scratch, scratch + width, scratch + 2 * width, scratch + 3 * width)
+    scratch += tl.program_id(0).to(tl.int64) * (4 * width + KEPT)
+    memory = Scratch(
+        scratch, scratch + width, scratch + 2 * width, scratch + 3 * width, scratch + 4 * width
+    )
     at_terms = table + HEADER + passes * PASS_SIZE
     of_teachers = at_terms + terms * TERM_SIZE
     for number in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -604,23 +585,13 @@ def general_kernel(
             label = tl.where(hard & fits, given, 0).to(tl.int32)
             if not DISTILL_IGNORED:
                 active = hard
-        row = Row(
-            r,
-            rows,
-            own,
-            label,
-            hard,
-            poison,
-            zero + 1,
-            class_weight,
-            scales,
-            metrics,
-            Spread(zero, zero, zero, zero, zero),
-        )
-        weight = _of_row(row, tl.load(table + OWN_WEIGHT).to(tl.int32), zero + 1)
-        row = Row(
-            r, rows, own, label, hard, poison, weight, class_weight, scales, metrics, row.spread
-        )
+        weight = zero + 1
+        column = tl.load(table + OWN_WEIGHT).to(tl.int32)
+        if own is not None:
+            if column >= 0:
+                weight = tl.load(own + column.to(tl.int64) * rows + r)
+        totals = terms_of_rows + r
+        row = Row(r, rows, own, label, hard, poison, weight, class_weight, scales, metrics, totals)
         active = active & (weight != 0)
         source = Source(
             student,
@@ -637,12 +608,8 @@ def general_kernel(
             r,
             classes,
         )
-        totals = Totals(zero, zero, zero, zero, zero)
         if active:
-            totals = _visit_row(source, memory, row, at_terms, grad is not None, TAIL, BLOCK)
-        tl.store(terms_of_rows + r, totals.soft)
-        tl.store(terms_of_rows + rows + r, totals.hard)
-        tl.store(terms_of_rows + 2 * rows + r, totals.added)
+            _visit_row(source, memory, row, at_terms, grad is not None, TAIL, BLOCK)
         if grad is not None:
             start = _starts(r, grad_inner, grad_outer, grad_step, True)
             _write_gradient(source, memory, grad, start, active, BLOCK)

@@ -47,14 +47,14 @@ class Source(NamedTuple):
 
     student: Any
     teachers: Any  # a tuple
-    values: Any  # of a top-k teacher, [rows, k]
+    known: Any  # values of a top-k teacher, [rows, k]
     indices: Any
     student_bias: Any
     teacher_bias: Any
     k: Any
     table: Any
     of_teachers: Any  # their part of the table
-    count: Any  # of teachers
+    teacher_count: Any
     student_start: Any  # elements before this row
     row: Any
     classes: Any
@@ -67,6 +67,18 @@ class Scratch(NamedTuple):
     teacher: Any
     v: Any  # q df/dq of a pass; another teacher's logits before it
     grad: Any
+    kept: Any  # scalars that would cost registers from one pass to the next, as below
+
+
+# Of Scratch.kept: the cross entropies of the label at temperature 1, and the student's Spread.
+CE_OF_STUDENT = tl.constexpr(0)
+CE_OF_TEACHER = tl.constexpr(1)
+ORIGIN = tl.constexpr(2)
+MEAN = tl.constexpr(3)
+DEVIATION = tl.constexpr(4)
+DIVISOR = tl.constexpr(5)
+DEGREES = tl.constexpr(6)
+KEPT = tl.constexpr(16)
 
 
 class Stats(NamedTuple):
@@ -83,7 +95,7 @@ class Spread(NamedTuple):
     """Mean and standard deviation of the logits that are not masked."""
 
     origin: Any  # one of the logits: their offset is nobody's rounding error
-    mean: Any  # relative to it
+    mean: Any  # relative to that
     deviation: Any
     divisor: Any
     degrees: Any
@@ -208,6 +220,17 @@ def _spread(row, classes, BLOCK: tl.constexpr):
     return Spread(origin, mean, deviation, deviation + 1e-7, degrees)
 
 
+@triton.jit
+def _keep_spread(scratch, classes, BLOCK: tl.constexpr):
+    spread = _spread(scratch.student, classes, BLOCK)
+    tl.store(scratch.kept + ORIGIN, spread.origin)
+    tl.store(scratch.kept + MEAN, spread.mean)
+    tl.store(scratch.kept + DEVIATION, spread.deviation)
+    tl.store(scratch.kept + DIVISOR, spread.divisor)
+    tl.store(scratch.kept + DEGREES, spread.degrees)
+    tl.debug_barrier()
+
+
 # ---- teachers ------------------------------------------------------------------------------------
 
 
@@ -226,7 +249,7 @@ def _load_top_k(source, out, TAIL: tl.constexpr, BLOCK: tl.constexpr):
         entries = first + tl.arange(0, BLOCK)
         mask = entries < source.k
         at = tl.load(source.indices + source.row * source.k + entries, mask=mask, other=0)
-        value = tl.load(source.values + source.row * source.k + entries, mask=mask, other=0.0)
+        value = tl.load(source.known + source.row * source.k + entries, mask=mask, other=0.0)
         value = value.to(tl.float64) * tl.load(source.table + TAKEN_AT)
         value = tl.where(value == float("inf"), float("nan"), value)
         fits = (at >= 0) & (at < source.classes)
@@ -292,7 +315,7 @@ def _add_to_mean(scratch, k, of_logits, factor, less, classes, BLOCK: tl.constex
 @triton.jit
 def _mean_teacher(source, scratch, reads, temperature, standardized, BLOCK: tl.constexpr):
     of_logits = reads == MEAN_OF_LOGITS
-    for k in range(0, source.count):
+    for k in range(0, source.teacher_count):
         _load_teacher(source, scratch, k, scratch.v, BLOCK)
         weight = tl.load(source.of_teachers + k * TEACHER_SIZE + WEIGHT)
         factor, less = weight, weight * 0
@@ -319,7 +342,7 @@ def _make_teacher(
     BLOCK: tl.constexpr,
 ):
     """The teacher's row as a pass compares with it; the temperature that it is to be divided by."""
-    if source.values is not None:
+    if source.known is not None:
         _load_top_k(source, scratch.teacher, TAIL, BLOCK)
     elif reads == EACH:
         _load_teacher(source, scratch, view, scratch.teacher, BLOCK)
