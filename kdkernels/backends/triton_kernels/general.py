@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.backends.triton_kernels.general_rows import (
+    AT_HOLE,
     CAP,
     CE_OF_STUDENT,
     CE_OF_TEACHER,
@@ -31,10 +32,13 @@ from kdkernels.backends.triton_kernels.general_rows import (
     OWN_TEMPERATURE,
     OWN_WEIGHT,
     PASSES,
+    REST,
     SMOOTHING,
     STANDARDIZE,
     STUDENT_SCALE,
     TEACHER_SIZE,
+    TIMES_Q,
+    VALUE,
     VIEWS,
     WEIGHT,
     Z_LOSS,
@@ -48,6 +52,7 @@ from kdkernels.backends.triton_kernels.general_rows import (
     _make_teacher,
     _slope,
     _stats,
+    _student_row,
 )
 from kdkernels.backends.triton_kernels.general_terms import (
     ALPHA_DIVERGENCE,
@@ -108,20 +113,11 @@ class Row(NamedTuple):
     own: Any  # [columns, rows], or None
     label: Any  # 0 if there is none
     hard: Any  # there is one
-    poison: Any  # NaN where it is out of range, 1 elsewhere
-    weight: Any  # of the sample
+    wrong: Any  # it is out of range
     class_weight: Any
     scales: Any
     metrics: Any
     totals: Any  # of this row: SOFT, HARD and ADDED, a column each
-
-
-class Among(NamedTuple):
-    """What terms add to the gradient beside v: scalars."""
-
-    value: Any
-    extra: Any  # times q
-    entry: Any  # at the hole
 
 
 @triton.jit
@@ -203,7 +199,12 @@ def _decouple(view, a, label):
 
 
 @triton.jit
-def _add_term(view, at, begun, row, table, among, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+def _add_to(pointer, value):
+    tl.store(pointer, tl.load(pointer) + value)
+
+
+@triton.jit
+def _add_term(view, at, begun, row, table, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """One term of a pass."""
     kind = tl.load(at + KIND).to(tl.int32)
     weight = _of_row(row, tl.load(at + WEIGHT_COLUMN).to(tl.int32), tl.load(at + TERM_WEIGHT))
@@ -221,7 +222,7 @@ def _add_term(view, at, begun, row, table, among, TAIL: tl.constexpr, BLOCK: tl.
         of_others = weight * tl.exp(-tl.load(view.scratch.kept + CE_OF_TEACHER))
     elif kind == DECOUPLED:
         of_others = weight * second
-    value, extra, entry = among.value, among.extra, among.entry
+    kept = view.scratch.kept
     if of_others != 0:
         smoothing = tl.load(table + SMOOTHING)
         term = _prepare(
@@ -239,18 +240,18 @@ def _add_term(view, at, begun, row, table, among, TAIL: tl.constexpr, BLOCK: tl.
         else:
             total = _sum_term(view, term, begun, row.class_weight, TAIL, BLOCK)
             begun = begun | (of_others != 0)
-            value += of_others * _value(view, term, total)
+            _add_to(kept + VALUE, of_others * _value(view, term, total))
     if (kind == DECOUPLED) & (weight != 0):
         of_label, more = _decouple(view, a, row.label)
-        value += weight * of_label
-        entry += weight * more
-        extra -= weight * more
+        _add_to(kept + VALUE, weight * of_label)
+        _add_to(kept + AT_HOLE, weight * more)
+        _add_to(kept + TIMES_Q, -weight * more)
     if kind == LABEL:
         z_loss, log_sum = tl.load(table + Z_LOSS), view.student.top + view.student.log
         if z_loss != 0:
-            value += z_loss * log_sum * log_sum
-            extra += 2 * z_loss * log_sum
-    return begun, Among(value, extra, entry)
+            _add_to(kept + VALUE, z_loss * log_sum * log_sum)
+            _add_to(kept + TIMES_Q, 2 * z_loss * log_sum)
+    return begun
 
 
 # ---- the gradient of a pass ----------------------------------------------------------------------
@@ -301,12 +302,15 @@ def _centred(view, columns, mask):
 
 
 @triton.jit
-def _add_gradient(view, factor, among, standardized, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+def _add_gradient(view, factor, standardized, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """factor · (v - q Σ v), and what there is beside v."""
+    tl.debug_barrier()
     sums = _sums_of_v(view, TAIL, BLOCK)
     # Where q is nearly 1, both are summed over all other classes instead.
-    one = 1 + view.student.rest
-    at_sure = sums.at_sure * (view.student.rest / one) - sums.others / one
+    kept = view.scratch.kept
+    rest = tl.load(kept + REST)
+    at_sure = sums.at_sure * (rest / (1 + rest)) - sums.others / (1 + rest)
+    times_q, at_hole = tl.load(kept + TIMES_Q), tl.load(kept + AT_HOLE)
     mean = sums.at_sure + sums.others
     # df/dq of the classes without a teacher less the mean, of which it may be nearly all.
     log_rest = tl.where(view.log_rest == float("-inf"), 0.0, view.log_rest)
@@ -322,14 +326,13 @@ def _add_gradient(view, factor, among, standardized, TAIL: tl.constexpr, BLOCK: 
         g = tl.where(columns == view.student.at, at_sure, g)
         if TAIL:
             g = tl.where(unknown, q * below, g)
-        g = factor * (g + among.extra * q + tl.where(columns == view.hole, among.entry, 0.0))
+        g = factor * (g + times_q * q + tl.where(columns == view.hole, at_hole, 0.0))
         old = tl.load(view.scratch.grad + columns, mask=mask, other=0.0)
         tl.store(view.scratch.grad + columns, old + g, mask=mask)
         if standardized:
             dots += g * _centred(view, columns, mask)
     tl.debug_barrier()
     # A standardised row has a temperature of its own, which its logits change, too.
-    kept = view.scratch.kept
     if standardized & (tl.load(kept + DEVIATION) != 0):
         slope = tl.sum(dots, 0) / (tl.load(kept + DIVISOR) * tl.load(kept + DEVIATION))
         slope = slope / tl.load(kept + DEGREES)
@@ -411,6 +414,15 @@ def _view(
 
 
 @triton.jit
+def _nominal(row, table, at):
+    """The temperature of a pass in this row, as it was asked for."""
+    result = tl.load(at + TEMPERATURE)
+    if tl.load(at + AT_ONE) == 0:
+        result = _of_row(row, tl.load(table + OWN_TEMPERATURE).to(tl.int32), result)
+    return result
+
+
+@triton.jit
 def _visit_pass(
     source,
     scratch,
@@ -425,10 +437,7 @@ def _visit_pass(
     table = source.table
     kind, reads = tl.load(at + TERM_OF).to(tl.int32), tl.load(at + READS).to(tl.int32)
     at_one, own_teacher = tl.load(at + AT_ONE) != 0, tl.load(at + TEACHER_TEMPERATURE)
-    nominal = tl.load(at + TEMPERATURE)
-    if not at_one:
-        column = tl.load(table + OWN_TEMPERATURE).to(tl.int32)
-        nominal = _of_row(row, column, nominal)
+    nominal = _nominal(row, table, at)
     of_teacher = tl.where(own_teacher == 0, nominal, own_teacher)
     standardized = (tl.load(table + STANDARDIZE) != 0) & ~at_one
     if reads != NO_TEACHER:
@@ -451,17 +460,24 @@ def _visit_pass(
 
     zero = temperature * 0
     count = tl.load(at + TERMS).to(tl.int32)
-    among, begun = Among(zero, zero, zero), count < 0
+    begun = count < 0
+    tl.store(scratch.kept + VALUE, zero)
+    tl.store(scratch.kept + TIMES_Q, zero)
+    tl.store(scratch.kept + AT_HOLE, zero)
+    tl.store(scratch.kept + REST, view.student.rest)
+    tl.debug_barrier()
     first = terms + tl.load(at + FIRST).to(tl.int32) * TERM_SIZE
     for i in range(0, count):
-        begun, among = _add_term(view, first + i * TERM_SIZE, begun, row, table, among, TAIL, BLOCK)
-    share = tl.load(at + PASS_SHARE) * row.weight
+        begun = _add_term(view, first + i * TERM_SIZE, begun, row, table, TAIL, BLOCK)
+    share = tl.load(at + PASS_SHARE)
+    share *= _of_row(row, tl.load(table + OWN_WEIGHT).to(tl.int32), share * 0 + 1)
     if reads == EACH:
         if source.teacher_count > 1:
             share *= tl.load(source.of_teachers + view_number * TEACHER_SIZE + WEIGHT)
     if labelled | (kind == HARD):
-        share *= row.poison
+        share = tl.where(row.wrong, float("nan"), share)
     if tl.load(at + SQUARED) != 0:
+        nominal = _nominal(row, table, at)
         share *= nominal * nominal
     if GRAD:
         if kind != NOTHING:
@@ -475,10 +491,9 @@ def _visit_pass(
                         none = tl.zeros([BLOCK], tl.float64)
                         tl.store(scratch.v + columns, none, mask=columns < view.n)
                     tl.debug_barrier()
-                _add_gradient(view, factor, among, standardized, TAIL, BLOCK)
+                _add_gradient(view, factor, standardized, TAIL, BLOCK)
     if kind != NOTHING:
-        out = row.totals + kind * row.rows
-        tl.store(out, tl.load(out) + among.value * share)
+        _add_to(row.totals + kind * row.rows, tl.load(scratch.kept + VALUE) * share)
 
 
 @triton.jit
@@ -502,12 +517,13 @@ def _visit_row(
 def _write_gradient(source, scratch, grad, start, active, BLOCK: tl.constexpr):
     """Of the logits as they came; in place they are read for the last time."""
     scale, cap = tl.load(source.table + STUDENT_SCALE), tl.load(source.table + CAP)
+    student = _student_row(source)
     for first in range(0, source.classes, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         mask = columns < source.classes
         use = mask & active
         g = tl.load(scratch.grad + columns, mask=use, other=0.0)
-        x = tl.load(source.student + source.student_start + columns, mask=use, other=0.0)
+        x = tl.load(student + columns, mask=use, other=0.0)
         slope = _slope(x.to(tl.float64), source.student_bias, columns, mask, scale, cap)
         tl.store(grad + start + columns, (g * slope).to(grad.dtype.element_ty), mask=mask)
 
@@ -575,23 +591,18 @@ def general_kernel(
     for number in range(tl.program_id(0), rows, tl.num_programs(0)):
         r = tl.zeros([], tl.int64) + number
         zero = tl.zeros([], tl.float64)
-        label, hard, poison = tl.zeros([], tl.int32), r < 0, zero + 1
-        active = r >= 0
+        label, hard, wrong, active = tl.zeros([], tl.int32), r < 0, r < 0, r >= 0
         if labels is not None:
             given = tl.load(labels + r).to(tl.int64)
             hard = given != ignore_index
             fits = (given >= 0) & (given < classes)
-            poison = tl.where(hard & ~fits, float("nan"), poison)
+            wrong = hard & ~fits
             label = tl.where(hard & fits, given, 0).to(tl.int32)
             if not DISTILL_IGNORED:
                 active = hard
-        weight = zero + 1
-        column = tl.load(table + OWN_WEIGHT).to(tl.int32)
-        if own is not None:
-            if column >= 0:
-                weight = tl.load(own + column.to(tl.int64) * rows + r)
         totals = terms_of_rows + r
-        row = Row(r, rows, own, label, hard, poison, weight, class_weight, scales, metrics, totals)
+        row = Row(r, rows, own, label, hard, wrong, class_weight, scales, metrics, totals)
+        weight = _of_row(row, tl.load(table + OWN_WEIGHT).to(tl.int32), zero + 1)
         active = active & (weight != 0)
         source = Source(
             student,
@@ -604,7 +615,9 @@ def general_kernel(
             table,
             of_teachers,
             count,
-            _starts(r, student_inner, student_outer, student_step, True),
+            student_inner,
+            student_outer,
+            student_step,
             r,
             classes,
         )

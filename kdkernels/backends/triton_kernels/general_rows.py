@@ -55,7 +55,9 @@ class Source(NamedTuple):
     table: Any
     of_teachers: Any  # their part of the table
     teacher_count: Any
-    student_start: Any  # elements before this row
+    inner: Any  # of the student's rows, three
+    outer: Any
+    step: Any
     row: Any
     classes: Any
 
@@ -70,7 +72,8 @@ class Scratch(NamedTuple):
     kept: Any  # scalars that would cost registers from one pass to the next, as below
 
 
-# Of Scratch.kept: the cross entropies of the label at temperature 1, and the student's Spread.
+# Of Scratch.kept: the cross entropies of the label at temperature 1, the student's Spread, and what
+# the terms of a pass come to: their value, and what they add to the gradient beside v.
 CE_OF_STUDENT = tl.constexpr(0)
 CE_OF_TEACHER = tl.constexpr(1)
 ORIGIN = tl.constexpr(2)
@@ -78,6 +81,10 @@ MEAN = tl.constexpr(3)
 DEVIATION = tl.constexpr(4)
 DIVISOR = tl.constexpr(5)
 DEGREES = tl.constexpr(6)
+VALUE = tl.constexpr(7)
+TIMES_Q = tl.constexpr(8)
+AT_HOLE = tl.constexpr(9)
+REST = tl.constexpr(10)  # of the student's Stats
 KEPT = tl.constexpr(16)
 
 
@@ -146,14 +153,20 @@ def _slope(x, bias, columns, mask, scale, cap):
 
 
 @triton.jit
+def _student_row(source):
+    return source.student + _starts(source.row, source.inner, source.outer, source.step, True)
+
+
+@triton.jit
 def _load_student(source, scratch, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """The student's effective logits; and no gradient yet."""
     scale, cap = tl.load(source.table + STUDENT_SCALE), tl.load(source.table + CAP)
+    student = _student_row(source)
     tl.debug_barrier()
     for first in range(0, source.classes, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         mask = columns < source.classes
-        x = tl.load(source.student + source.student_start + columns, mask=mask, other=0.0)
+        x = tl.load(student + columns, mask=mask, other=0.0)
         x = _effective(x.to(tl.float64), source.student_bias, columns, mask, scale, cap)
         tl.store(scratch.student + columns, x, mask=mask)
         if GRAD:
