@@ -94,7 +94,7 @@ COMBINED = [
 @pytest.mark.parametrize("options", COMBINED, ids=lambda o: " ".join(o)[:40])
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("ensemble", [None, "probs", "losses", "logits"])
-def test_options_go_together(options, name, ensemble):
+def test_options_go_together(options, name, ensemble, backend="cpu"):
     """Against the reference, which knows nothing of passes: each of these has been wrong once."""
     s, t, y = inputs(3, 9)
     y = y.clamp(max=7)
@@ -102,7 +102,7 @@ def test_options_go_together(options, name, ensemble):
     options = options | (WITHIN_ROWS if name == "dist" else {}) | {"divergence": name}
     options |= {} if ensemble is None else {"ensemble": ensemble, "teacher_weights": [1, 2, 0.5]}
     x, z = s.clone().requires_grad_(), s.double().requires_grad_()
-    loss = kd_loss(x * 1, teacher, y, **options)
+    loss = kd_loss(x * 1, teacher, y, backend=backend, **options)
     wide = [u.double() for u in teacher] if isinstance(teacher, list) else teacher.double()
     expected = kd_loss(z, wide, y, backend="reference", **options | {"inplace": False})
     (loss + expected).backward()

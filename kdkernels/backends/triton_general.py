@@ -32,8 +32,8 @@ JOINT = {"probs": MEAN_OF_PROBABILITIES, "losses": EACH, "logits": MEAN_OF_LOGIT
 
 SCRATCH_BYTES = 1 << 27  # of all programs
 PROGRAMS = 1024
-BLOCK = 512  # classes at a time
-PER_THREAD = 2
+BLOCK = 256  # classes at a time: more of them to a thread would spill its registers
+PER_THREAD = 1
 KEPT = 16
 NUMBERS = 32  # that one launch writes into the table
 

@@ -525,7 +525,10 @@ def _write_gradient(source, scratch, grad, start, active, BLOCK: tl.constexpr):
         g = tl.load(scratch.grad + columns, mask=use, other=0.0)
         x = tl.load(student + columns, mask=use, other=0.0)
         slope = _slope(x.to(tl.float64), source.student_bias, columns, mask, scale, cap)
-        tl.store(grad + start + columns, (g * slope).to(grad.dtype.element_ty), mask=mask)
+        g *= slope
+        if grad.dtype.element_ty != tl.float64:
+            g = g.to(tl.float32)
+        tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=mask)
 
 
 NOT_SPECIALIZED = [
