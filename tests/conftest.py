@@ -1,6 +1,7 @@
 """Fixtures of all tests, and the run that goes on beside them."""
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -37,6 +38,31 @@ def bfloat16_rounds_as_on_a_gpu(monkeypatch):
         return TensorHandle(rounded.numpy(), tl.bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_and_round)
+
+
+@pytest.fixture(autouse=INTERPRETED, scope="session")
+def the_interpreter_looks_once():
+    """At each call of a device function it goes through all of triton.language for what it has to
+    replace there, which takes as long as all else: by name it finds the same."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    names = {}
+
+    def patch_builtin(package, builder, scope):
+        if package not in names:
+            members = inspect.getmembers(package)
+            names[package] = [name for name, member in members if is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        known = list(inspect.signature(interpreter._patch_builtin).parameters)
+        if known == ["pkg", "builder", "scope"]:  # else it is another Triton, and slow
+            patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+        yield
 
 
 def pytest_collection_finish(session):

@@ -35,7 +35,7 @@ SUITES = [
     Suite("csrc/cuda/", ["test_cuda.py", "-k", "not spills and not moved_16_bytes"], {}, False),
     Suite(
         "kdkernels/backends/triton",
-        ["test_triton.py", "test_triton_divergences.py"],
+        ["test_triton.py", "test_triton_divergences.py", "test_triton_general.py"],
         INTERPRETED,
         False,
     ),

@@ -702,6 +702,7 @@ from kdkernels.backends import triton as backend, triton_kernels
 from kdkernels.backends.triton_mixture import WEIGHTS
 from kdkernels.divergences import Term
 from kdkernels.options import Options
+from kdkernels.teachers import TopKTeacher
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -767,12 +768,14 @@ PLAIN = Options(4.0, 0.9, -100, 0.0, "mean", False)
 FULL = Options(2.5, 0.9, -100, 0.1, "mean", True)
 results = []
 def launch(case, classes, dtype, options, weight=None, inplace=False, rows=4, labels=True,
-           per_row=()):
+           per_row=(), bucket=0):
     compiled.clear()
     s, t = (torch.zeros(rows, classes, dtype=dtype) for _ in range(2))
     y = torch.zeros(rows, dtype=torch.long) if labels else None
     one = backend.TritonBackend()
     tensors = dict.fromkeys(per_row, torch.ones(rows))
+    if bucket:
+        t = TopKTeacher(*t.float().topk(bucket), "bucket", options.temperature)
     result = one.run(s, t, y, weight, options, False, True, inplace, tensors)
     one.scale(result.grad, torch.tensor(1.0), result.grad_scale)
     for name, kernel in compiled:
@@ -795,6 +798,13 @@ if sys.argv[1] != "sm_80":
     decoupled = PLAIN._replace(divergence=(Term("dkd", 1.0, 1.0, 8.0),))
     for classes in (64, 1024, 32000):
         launch("decoupled", classes, torch.float32, decoupled)
+# The general kernel has one shape, but for rows of few classes.
+if sys.argv[1] != "sm_80":
+    several = PLAIN._replace(z_loss=0.1, metrics=True)
+    launch("general", 100, torch.float32, several)
+    launch("general", 31999, torch.bfloat16, several, torch.ones(31999), True,
+           per_row=("sample_weight", "temperature"))
+    launch("general", 32000, torch.float16, several, bucket=40)
 for classes in SIZES:
     for dtype in (torch.float32, torch.bfloat16):
         launch("plain", classes, dtype, PLAIN)
