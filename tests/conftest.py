@@ -74,7 +74,7 @@ def pytest_collection_finish(session):
     if importlib.util.find_spec("triton") is None:
         return
     folder = Path(__file__).parent
-    tests = folder.glob("test_triton*.py")
+    tests = sorted(folder.glob("test_triton*.py"))
     config.stash[INTERPRETER] = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -42,7 +42,7 @@ COUNTED = 1024  # at a time
 MAX_PARTS = 1024
 AGAIN_PROGRAMS = 1024  # that look for rows to be done again
 REGISTERS = 65536  # of an NVIDIA multiprocessor
-# Of ``Options.features``, what has kernels of its own.
+# Of ``Options.features``, what has kernels of its own; the general one has all.
 SPECIALISED = frozenset(
     {
         *(f"divergence {name}" for name in (*triton_mixture.WEIGHTS, "dkd")),
