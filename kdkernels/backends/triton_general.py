@@ -34,6 +34,7 @@ SCRATCH_BYTES = 1 << 27  # of all programs
 PROGRAMS = 1024
 BLOCK = 256  # classes at a time: more of them to a thread would spill its registers
 PER_THREAD = 1
+LEAST_BLOCK = 64  # AMD's warps
 KEPT = 16
 NUMBERS = 32  # that one launch writes into the table
 
@@ -410,7 +411,7 @@ class _Call:
         teachers, plan = self.teachers, self.plan
         width = -(-(self.classes + 1) // 16) * 16
         programs = min(self.rows, PROGRAMS, max(1, SCRATCH_BYTES // (32 * width)))
-        block = min(BLOCK, max(32, 1 << self.classes.bit_length()))
+        block = min(BLOCK, max(LEAST_BLOCK, 1 << self.classes.bit_length()))
         kernels.general_kernel[(programs,)](
             source,
             teachers.logits,
