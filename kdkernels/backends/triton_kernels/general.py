@@ -204,6 +204,31 @@ def _add_to(pointer, value):
 
 
 @triton.jit
+def _weight_of_others(kind, weight, a, second, kept):
+    """Of what is compared class by class, which is not all of some terms."""
+    if (kind == CORRELATION) | (kind == OTHERS):
+        weight = weight * a
+    elif kind == WEIGHTED_SOFT:
+        ratio = tl.load(kept + CE_OF_STUDENT) / (tl.load(kept + CE_OF_TEACHER) + 1e-7)
+        weight = weight * a * -_expm1(-tl.where(ratio < 0, 0.0, ratio))
+    elif kind == LABEL_BY_TEACHER:
+        weight = weight * tl.exp(-tl.load(kept + CE_OF_TEACHER))
+    elif kind == DECOUPLED:
+        weight = weight * second
+    return weight
+
+
+@triton.jit
+def _put_metrics(row, view, term):
+    if row.metrics is not None:
+        out = row.metrics + row.number * 4
+        tl.store(out, term.more)
+        tl.store(out + 1, term.shift)
+        tl.store(out + 2, (view.student.at == view.teacher.at).to(tl.float64))
+        tl.store(out + 3, ((view.student.at == row.label) & row.hard).to(tl.float64))
+
+
+@triton.jit
 def _add_term(view, at, begun, row, table, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """One term of a pass."""
     kind = tl.load(at + KIND).to(tl.int32)
@@ -211,17 +236,7 @@ def _add_term(view, at, begun, row, table, TAIL: tl.constexpr, BLOCK: tl.constex
     a = _of_row(row, tl.load(at + PARAMETER_COLUMN).to(tl.int32), tl.load(at + PARAMETER))
     second = tl.load(at + SECOND)
     kind, weight = _kind_of(kind, weight, a)
-    of_others = weight  # of what is compared class by class
-    if (kind == CORRELATION) | (kind == OTHERS):
-        of_others = weight * a
-    elif kind == WEIGHTED_SOFT:
-        kept = view.scratch.kept
-        ratio = tl.load(kept + CE_OF_STUDENT) / (tl.load(kept + CE_OF_TEACHER) + 1e-7)
-        of_others = weight * a * -_expm1(-tl.where(ratio < 0, 0.0, ratio))
-    elif kind == LABEL_BY_TEACHER:
-        of_others = weight * tl.exp(-tl.load(view.scratch.kept + CE_OF_TEACHER))
-    elif kind == DECOUPLED:
-        of_others = weight * second
+    of_others = _weight_of_others(kind, weight, a, second, view.scratch.kept)
     kept = view.scratch.kept
     if of_others != 0:
         smoothing = tl.load(table + SMOOTHING)
@@ -229,14 +244,7 @@ def _add_term(view, at, begun, row, table, TAIL: tl.constexpr, BLOCK: tl.constex
             view, kind, of_others, a, second, row.label, row.class_weight, smoothing, TAIL, BLOCK
         )
         if kind == METRICS:
-            out = row.metrics
-            if out is not None:
-                same = (view.student.at == view.teacher.at).to(tl.float64)
-                right = ((view.student.at == row.label) & row.hard).to(tl.float64)
-                tl.store(out + row.number * 4, term.more)
-                tl.store(out + row.number * 4 + 1, term.shift)
-                tl.store(out + row.number * 4 + 2, same)
-                tl.store(out + row.number * 4 + 3, right)
+            _put_metrics(row, view, term)
         else:
             total = _sum_term(view, term, begun, row.class_weight, TAIL, BLOCK)
             begun = begun | (of_others != 0)
@@ -423,6 +431,33 @@ def _nominal(row, table, at):
 
 
 @triton.jit
+def _share(source, row, at, view_number):
+    """What the terms of a pass are multiplied with in this row."""
+    table = source.table
+    share = tl.load(at + PASS_SHARE)
+    share *= _of_row(row, tl.load(table + OWN_WEIGHT).to(tl.int32), share * 0 + 1)
+    if tl.load(at + READS) == EACH:
+        if source.teacher_count > 1:
+            share *= tl.load(source.of_teachers + view_number * TEACHER_SIZE + WEIGHT)
+    if (tl.load(at + LABELLED) != 0) | (tl.load(at + TERM_OF) == HARD):
+        share = tl.where(row.wrong, float("nan"), share)
+    if tl.load(at + SQUARED) != 0:
+        nominal = _nominal(row, table, at)
+        share *= nominal * nominal
+    return share
+
+
+@triton.jit
+def _clear_v(view, BLOCK: tl.constexpr):
+    tl.debug_barrier()
+    for first in range(0, view.n, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        none = tl.zeros([BLOCK], tl.float64)
+        tl.store(view.scratch.v + columns, none, mask=columns < view.n)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _visit_pass(
     source,
     scratch,
@@ -469,28 +504,14 @@ def _visit_pass(
     first = terms + tl.load(at + FIRST).to(tl.int32) * TERM_SIZE
     for i in range(0, count):
         begun = _add_term(view, first + i * TERM_SIZE, begun, row, table, TAIL, BLOCK)
-    share = tl.load(at + PASS_SHARE)
-    share *= _of_row(row, tl.load(table + OWN_WEIGHT).to(tl.int32), share * 0 + 1)
-    if reads == EACH:
-        if source.teacher_count > 1:
-            share *= tl.load(source.of_teachers + view_number * TEACHER_SIZE + WEIGHT)
-    if labelled | (kind == HARD):
-        share = tl.where(row.wrong, float("nan"), share)
-    if tl.load(at + SQUARED) != 0:
-        nominal = _nominal(row, table, at)
-        share *= nominal * nominal
+    share = _share(source, row, at, view_number)
     if GRAD:
         if kind != NOTHING:
             scale = tl.load(row.scales + kind)
-            factor = scale * share / temperature
             if (scale != 0) & (count > 0):
                 if not begun:  # no term has a weight
-                    tl.debug_barrier()
-                    for begin in range(0, view.n, BLOCK):
-                        columns = begin + tl.arange(0, BLOCK)
-                        none = tl.zeros([BLOCK], tl.float64)
-                        tl.store(scratch.v + columns, none, mask=columns < view.n)
-                    tl.debug_barrier()
+                    _clear_v(view, BLOCK)
+                factor = scale * share / temperature
                 _add_gradient(view, factor, standardized, TAIL, BLOCK)
     if kind != NOTHING:
         _add_to(row.totals + kind * row.rows, tl.load(scratch.kept + VALUE) * share)
