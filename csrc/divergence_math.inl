@@ -45,6 +45,14 @@ struct Compared {
   double value, v;
 };
 
+// log of p^a q^(1 - a); of classes that only one of the two has it is infinite where a says so.
+KD_INLINE double log_of_power(double a, double log_p, double log_q) {
+  const bool no_p = log_p == -INFINITY, no_q = log_q == -INFINITY;
+  if (no_p) return no_q || a > 0 ? -INFINITY : INFINITY;
+  if (no_q) return a < 1 ? -INFINITY : INFINITY;
+  return a * log_p + (1 - a) * log_q;
+}
+
 // f(p, q) and q df/dq of one class. Both are of degree 1 in (p, q), so that a class of the
 // student's mass alone, however many it stands for, is compared like any other.
 KD_INLINE Compared compare_class(const Term& t, double log_p, double log_q) {
@@ -81,8 +89,7 @@ KD_INLINE Compared compare_class(const Term& t, double log_p, double log_q) {
       return {both, -both};
     }
     default: {  // p^a q^(1 - a), for the two that are made of its sum
-      double power = no_p ? (a > 0 ? 0 : INFINITY) : no_q ? (a < 1 ? 0 : INFINITY) : 0;
-      if (!no_p && !no_q) power = exp(a * log_p + (1 - a) * log_q);
+      const double power = exp(log_of_power(a, log_p, log_q));
       return {power, power};
     }
   }

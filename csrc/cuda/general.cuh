@@ -1,0 +1,244 @@
+// A row of whatever a plan asks for: the passes of csrc/cpu/passes.inl by a block of threads, all
+// in double. Each pass leaves its gradient in a row of scratch memory, which is added to that of
+// the passes before it; the last step leads the sum back through what was done to the logits.
+#pragma once
+#include "compared.cuh"
+
+namespace {
+
+constexpr int kRowsOfScratch = 4;
+
+class GeneralRow {
+ public:
+  struct Terms {
+    double soft, hard, added;
+  };
+
+  KD_DEVICE GeneralRow(const KdGeneralProblem& problem, const KdGeneralScales& the_scales,
+                       const Classes& the_classes, double* scratch)
+      : p(problem),
+        plan(problem.plan),
+        scales(the_scales),
+        classes(the_classes),
+        logits(problem, the_classes),
+        rows{scratch, scratch + problem.scratch_row, scratch + 2 * problem.scratch_row},
+        total(scratch + 3 * problem.scratch_row) {}
+
+  // Its terms, and in memory its gradient.
+  KD_DEVICE Terms visit(int64_t the_row) {
+    row = the_row;
+    terms = {0, 0, 0};
+    weight = p.row_weight(row);
+    if (p.soft_active(row) && weight != 0)
+      compute();
+    else if (p.grad)  // not even read: it may hold NaN
+      classes.each([&](int64_t i) { put_gradient(i, 0); });
+    return terms;
+  }
+
+ private:
+  KD_DEVICE void compute() {
+    has_label = p.hard_active(row);
+    label = has_label ? p.label(row) : 0;
+    bad_label = label < 0 || label >= p.classes;
+    spoilt = false;
+    of_label_alone = 0;
+    logits.student(row, rows.student);
+    if (plan.standardize) of_student = logits.spread_of(rows.student);
+    if (p.grad) classes.each([&](int64_t i) { total[i] = 0; });
+#pragma unroll 1
+    for (int k = 0; k < plan.passes; ++k)
+      if (plan.pass[k].added || p.want_soft)
+#pragma unroll 1
+        for (int view = 0; view < logits.views(); ++view) visit_pass(plan.pass[k], view);
+    add_cross_entropy();
+    if (plan.metrics) measure();
+    if (p.grad) finish();
+  }
+
+  // ---- a pass -----------------------------------------------------------------------------------
+
+  KD_DEVICE void visit_pass(const KdPass& pass, int view) {
+    const KdTerm& first = plan.term[pass.first];
+    const bool of_label =
+        first.kind == kDecoupled || first.kind == kNormalized || first.kind == kWeightedSoft;
+    const double base = pass.added ? scales.added_scale : scales.plan_scale;
+    if (of_label && bad_label) {
+      terms.soft = NAN;
+      spoilt = spoilt || base != 0;
+      return;
+    }
+    const double* const own = pass.added ? nullptr : plan.row_temperature;
+    const double nominal = own ? own[row] : pass.temperature;
+    const bool same = pass.temperature == pass.teacher_temperature;
+    const bool standardize = plan.standardize && !pass.added;
+    const Look look = {plan.term + pass.first, pass.terms,
+                       first.kind == kWeightedSoft || first.kind == kTeacherLabel,
+                       standardize ? nominal * of_student.divisor() : nominal,
+                       same ? nominal : pass.teacher_temperature};
+    double factor = pass.weight * logits.weight_of(view) * weight;
+    double constant = 0;  // of the value: no part of the gradient
+    if (first.kind == kNormalized || first.kind == kWeightedSoft || first.kind == kTeacherLabel)
+      factor *= first.row_weight ? first.row_weight[row] : first.weight;
+    if (first.kind == kNormalized || first.kind == kWeightedSoft) {
+      logits.teacher(row, view, 1, false, rows.student, rows.teacher, rows.v);
+      const double of_student = label_cross_entropy(rows.student);
+      const double of_teacher = label_cross_entropy(rows.teacher);
+      if (first.kind == kNormalized) {  // the label's part is not at the temperature
+        const double at_label = factor * exp(-of_teacher);
+        of_label_alone += base * at_label;
+        constant = at_label * of_student;
+      } else {
+        factor *= -expm1(-of_student / (of_teacher + 1e-7)) * first.parameter;
+      }
+    }
+    if (plan.scale_by_t2 && !pass.added) factor *= nominal * nominal;
+    logits.teacher(row, view, look.teacher_temperature, standardize, rows.student, rows.teacher,
+                   rows.v);
+    double value;
+    if (first.kind == kDecoupled || first.kind == kNormalized) {
+      const Decoupled parts = first.kind == kDecoupled
+                                  ? Decoupled{first.parameter, first.second, false}
+                                  : Decoupled{0, first.parameter, true};
+      if (first.kind == kDecoupled)
+        factor *= first.weight;
+      value = parts.compare(p, classes, rows, look, label);
+    } else {
+      if (first.kind == kWeightedSoft && factor != 0)
+        constant = factor * entropy(rows.teacher, look.teacher_temperature);
+      if (first.kind == kTeacherLabel) decide(rows.teacher);
+      value = Mixture(p, classes, logits, rows, look).compare(row);
+    }
+    (pass.added ? terms.added : terms.soft) += factor * value + constant;
+    if (p.grad && base != 0) add_gradient(base * factor / look.temperature, standardize);
+  }
+
+  // The teacher's row as if its first largest class were all that it says.
+  KD_DEVICE void decide(double* teacher) const {
+    const int64_t largest = classes.first_largest(teacher);
+    classes.sync();
+    classes.each(
+        [&](int64_t i) { teacher[i] = largest < 0 ? NAN : i == largest ? 0 : -INFINITY; });
+    classes.sync();
+  }
+
+  // -log of the label's probability at temperature 1, by its log-odds: no digit is lost where that
+  // is nearly 1.
+  KD_DEVICE double label_cross_entropy(const double* of) const {
+    const Softmax others = classes.softmax(of, 1, [&](int64_t i) { return i != label; });
+    return softplus(-others.log(of[label]));
+  }
+
+  KD_DEVICE double entropy(const double* of, double temperature) const {
+    const Softmax softmax = classes.softmax(of, temperature);
+    return -classes.sum([&](int64_t i) {
+      const double log = softmax.log(of[i]);
+      return log == -INFINITY ? 0 : exp(log) * log;
+    });
+  }
+
+  // ---- gradient ---------------------------------------------------------------------------------
+
+  // The pass's is in rows.v.
+  KD_DEVICE void add_gradient(double scale, bool standardized) const {
+    double along = 0;
+    // A standardised row has a temperature of its own, which its logits change, too.
+    if (standardized && of_student.deviation != 0) {
+      const double dot = classes.sum([&](int64_t i) {
+        const double x = rows.student[i];
+        return x == -INFINITY ? 0 : rows.v[i] * of_student.centred(x);
+      });
+      along = dot / (of_student.divisor() * of_student.deviation * of_student.degrees);
+    }
+    classes.each([&](int64_t i) {
+      const double x = rows.student[i];
+      const double own = along == 0 || x == -INFINITY ? 0 : along * of_student.centred(x);
+      total[i] += scale * (rows.v[i] - own);
+    });
+  }
+
+  // With the labels: the loss's own, and what NKD has beside it without its options.
+  KD_DEVICE void add_cross_entropy() {
+    const bool wanted = p.want_hard && has_label;
+    if (wanted && bad_label) {
+      terms.hard = NAN;
+      spoilt = spoilt || p.alpha != 1;
+      return;
+    }
+    if (!wanted && of_label_alone == 0) return;
+    const Softmax r = classes.softmax(rows.student, 1);
+    const double epsilon = p.label_smoothing, smooth = epsilon / static_cast<double>(p.classes);
+    const double w = (1 - epsilon) * (p.weight ? p.weight[label] : 1), log_sum = r.log_total();
+    // Of every r: what smoothing and z-loss add to the label's share.
+    const double more = smooth * scales.weight_sum + 2 * p.z_loss * log_sum;
+    if (wanted) {
+      double loss = w * (log_sum - rows.student[label]) + p.z_loss * log_sum * log_sum;
+      if (epsilon > 0)
+        loss += smooth * (scales.weight_sum * log_sum -
+                          classes.sum([&](int64_t i) { return weight_of(i) * rows.student[i]; }));
+      terms.hard = weight * loss;
+    }
+    const double scale = wanted && p.alpha != 1 ? weight * scales.hard_scale : 0;
+    if (!p.grad || (scale == 0 && of_label_alone == 0)) return;
+    const double at_label = scale * w + of_label_alone, of_r = scale * more;
+    const double others = classes.sum([&](int64_t i) {
+      return rows.student[i] == r.max ? 0 : exp(r.log(rows.student[i]));
+    });
+    const bool sure = r.is_sure();
+    classes.each([&](int64_t i) {
+      const double x = rows.student[i], of = exp(r.log(x));
+      double g = (at_label + of_r) * of - (i == label ? at_label : 0);
+      // r - 1 would cancel.
+      if (i == label && sure && x == r.max) g = of_r - (at_label + of_r) * others;
+      total[i] += g - scale * smooth * weight_of(i);
+    });
+  }
+
+  KD_DEVICE double weight_of(int64_t i) const { return p.weight ? p.weight[i] : 1; }
+
+  // Of the logits as they came: in place they are read for the last time.
+  KD_DEVICE void finish() const {
+    const Mapping mapping = logits.of_student();
+    const bool as_it_is = mapping.is_identity();
+    classes.each([&](int64_t i) {
+      const double slope = as_it_is ? 1 : mapping.slope(logits.source(row, i), i);
+      put_gradient(i, spoilt ? NAN : total[i] * slope);
+    });
+  }
+  KD_DEVICE void put_gradient(int64_t i, double value) const {
+    put_value(p.grad, p.student_dtype, p.grad_rows.start(row) + i, value);
+  }
+
+  // ---- metrics ----------------------------------------------------------------------------------
+
+  KD_DEVICE void measure() const {
+    logits.mean_teacher(row, rows.student, rows.teacher, rows.v);
+    const int64_t guess = classes.first_largest(rows.student);
+    const int64_t of_teacher = classes.first_largest(rows.teacher);
+    const double of_q = entropy(rows.student, 1), of_p = entropy(rows.teacher, 1);
+    if (!classes.leads()) return;
+    double* const out = plan.metrics + 4 * row;
+    out[0] = of_q, out[1] = of_p;
+    out[2] = guess == of_teacher;
+    out[3] = has_label && label == guess;
+  }
+
+  const KdGeneralProblem& p;
+  const KdPlan& plan;
+  const KdGeneralScales& scales;
+  const Classes& classes;
+  const Logits logits;
+  const Rows rows;
+  double* const total;
+
+  // Of the row at hand.
+  int64_t row, label;
+  bool has_label, bad_label;
+  bool spoilt;  // its gradient is NaN
+  double weight;
+  double of_label_alone;  // of the gradient of the label's plain cross entropy
+  Spread of_student;
+  Terms terms;
+};
+
+}  // namespace
