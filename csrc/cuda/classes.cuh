@@ -1,6 +1,6 @@
-// The classes of a row, swept by the threads of a block: thread t takes class t and every so-manieth
-// after that. All is in double, and a thread writes the classes that it reads: what is looked up of
-// another's waits for `sync`.
+// The classes of a row, swept by the threads of a block: thread t takes class t and every
+// so-manieth after that. All is in double, and a thread writes the classes that it reads: what is
+// looked up of another's waits for `sync`.
 #pragma once
 #include <math.h>
 
@@ -33,6 +33,14 @@ class Classes {
   KD_DEVICE bool leads() const { return block_.rank() == 0; }
   KD_DEVICE void sync() const { block_sync(); }
 
+  // A row of `of(i)`, and the largest of them. No thread may still look at what is overwritten, and
+  // all may look at what has been written.
+  template <typename F>
+  KD_DEVICE double write(double* to, F of) const {
+    sync();
+    return max([&](int64_t i) { return to[i] = of(i); });
+  }
+
   template <typename F>
   KD_DEVICE void each(F visit) const {
     each_of(count_, visit);
@@ -43,7 +51,7 @@ class Classes {
     for (int64_t i = block_.rank(); i < n; i += block_.size()) visit(i);
   }
 
-  // `add(i, sums)` adds what a class comes to.
+  // `add(i, sums)` adds what a class comes to. (By kSlot 0.)
   template <int N, typename F>
   KD_DEVICE Numbers<N> sums_of(int64_t n, F add) const {
     double sums[N] = {};
@@ -76,17 +84,25 @@ class Classes {
     return max_of(count_, of);
   }
 
-  // Of the classes that `keep` is true of.
-  template <typename F>
-  KD_DEVICE Softmax softmax(const double* row, double temperature, F keep) const {
-    Softmax s = {0, 1 / temperature, 0, 0};
-    s.max = reference_of(max([&](int64_t i) { return keep(i) ? row[i] : -INFINITY; }));
-    s.sum = sum([&](int64_t i) { return keep(i) ? exp((row[i] - s.max) * s.inverse_t) : 0.0; });
-    s.log_sum = ::log(s.sum);
-    return s;
+  // Of the classes that `keep` is true of, of which `max` is the largest. It stays in the block's
+  // memory, as registers are few, until the same kSlot is asked for again.
+  template <int kSlot, typename F>
+  KD_DEVICE const Softmax& softmax(const double* row, double temperature, double max,
+                                   F keep) const {
+    const double top = reference_of(max), inverse_t = 1 / temperature;
+    double sums[1] = {0};
+    each([&](int64_t i) { sums[0] += keep(i) ? exp((row[i] - top) * inverse_t) : 0.0; });
+    return block_.template conclude<kSlot, Softmax>(
+        sums, [&](const double (&t)[1]) { return Softmax{top, inverse_t, t[0], ::log(t[0])}; });
   }
-  KD_DEVICE Softmax softmax(const double* row, double temperature) const {
-    return softmax(row, temperature, [](int64_t) { return true; });
+  template <int kSlot, typename F>
+  KD_DEVICE const Softmax& softmax_of_some(const double* row, double temperature, F keep) const {
+    const double largest = max([&](int64_t i) { return keep(i) ? row[i] : -INFINITY; });
+    return softmax<kSlot>(row, temperature, largest, keep);
+  }
+  template <int kSlot>
+  KD_DEVICE const Softmax& softmax(const double* row, double temperature, double max) const {
+    return softmax<kSlot>(row, temperature, max, [](int64_t) { return true; });
   }
 
   // log of the sum of e^of(i).
@@ -97,12 +113,10 @@ class Classes {
   }
 
   // The first class with the largest number; -1 if that is none.
-  KD_DEVICE int64_t first_largest(const double* row) const {
-    const double largest = max([&](int64_t i) { return row[i]; });
+  KD_DEVICE int64_t first_of(const double* row, double largest) const {
     if (!(fabs(largest) < INFINITY)) return -1;
-    return -static_cast<int64_t>(max([&](int64_t i) {
-      return row[i] == largest ? -static_cast<double>(i) : -INFINITY;
-    }));
+    return -static_cast<int64_t>(
+        max([&](int64_t i) { return row[i] == largest ? -static_cast<double>(i) : -INFINITY; }));
   }
 
  private:

@@ -19,61 +19,72 @@ struct Look {
   int count;
   bool forward;  // the forward KL, whatever the terms are
   double temperature, teacher_temperature;
+  double max, teacher_max;
 };
 
 // The student's mass on the classes that a top-k teacher says nothing of, as one class.
 struct Rest {
   bool is_there;
-  Softmax among;
   double log_p, log_q, v;
-
-  // The entry of a class in it; `of_all`: of all of them.
-  KD_DEVICE double share(double x, double of_all) const {
-    return x == -INFINITY ? 0 : exp(among.log(x)) * of_all;
-  }
 };
+
+KD_DEVICE double entropy(const Classes& classes, const double* row, const Softmax& of) {
+  return -classes.sum([&](int64_t i) {
+    const double log = of.log(row[i]);
+    return log == -INFINITY ? 0 : exp(log) * log;
+  });
+}
 
 class Mixture {
  public:
   KD_DEVICE Mixture(const KdGeneralProblem& problem, const Classes& the_classes,
                     const Logits& logits, const Rows& the_rows, const Look& the_look)
-      : p(problem), classes(the_classes), rows(the_rows), look(the_look), tail(logits.has_tail()) {
-    of_q = classes.softmax(rows.student, look.temperature);
-    rest = {false, of_q, -INFINITY, -INFINITY, 0};
-    if (tail)
-      find_rest();
-    else
-      of_p = classes.softmax(rows.teacher, look.teacher_temperature);
+      : p(problem),
+        classes(the_classes),
+        rows(the_rows),
+        look(the_look),
+        tail(logits.has_tail()),
+        of_q(classes.softmax<1>(rows.student, look.temperature, look.max)),
+        of_p(tail ? classes.softmax_of_some<2>(rows.student, look.temperature, IsUnknown{rows})
+                  : classes.softmax<2>(rows.teacher, look.teacher_temperature, look.teacher_max)),
+        rest{false, -INFINITY, -INFINITY, 0} {
+    if (tail) find_rest();
   }
 
   // The value; the gradient is left in rows.v.
   KD_DEVICE double compare(int64_t row) {
     double value = 0;
-    classes.each([&](int64_t i) { rows.v[i] = 0; });
+    bool begun = false;  // rows.v holds something
 #pragma unroll 1
     for (int k = 0; k < look.count; ++k) {
       Term t = look.forward ? Term{kForwardKL, 1, 0, 1, 0, 1} : term_of(look.terms[k], row);
       if (t.weight == 0) continue;
       prepare(t);
-      value += t.weight * value_of_term(t, add(t));
+      value += t.weight * value_of_term(t, add(t, begun));
+      begun = true;
     }
+    if (!begun) classes.each([&](int64_t i) { rows.v[i] = 0; });
     if (p.grad) differentiate();
-    if (!(of_q.sum > 0) || !(of_p.sum > 0)) return NAN;  // no distribution
+    if (!(of_q.sum > 0) || (!tail && !(of_p.sum > 0))) return NAN;  // no distribution
     return value;
   }
 
  private:
-  KD_DEVICE bool is_known(int64_t i) const { return !tail || rows.teacher[i] != Logits::kUnknown; }
+  struct IsUnknown {
+    const Rows& rows;
+    KD_DEVICE bool operator()(int64_t i) const { return rows.teacher[i] == Logits::kUnknown; }
+  };
+  KD_DEVICE bool is_known(int64_t i) const { return !tail || !IsUnknown{rows}(i); }
   KD_DEVICE bool only_known() const { return tail && p.plan.top_k.tail == kZero; }
-  KD_DEVICE double log_p(int64_t i) const { return of_p.log(rows.teacher[i]); }
+  KD_DEVICE double log_p(int64_t i) const {
+    return tail ? rows.teacher[i] : of_p.log(rows.teacher[i]);
+  }
   KD_DEVICE double log_q(int64_t i) const { return of_q.log(rows.student[i]); }
 
-  // Of a teacher that gives log-probabilities of some classes.
+  // Of a teacher that gives log-probabilities of some classes: of_p is the student's softmax among
+  // the others.
   KD_DEVICE void find_rest() {
-    of_p = {0, 1, 1, 0};
-    rest.among = classes.softmax(rows.student, look.temperature,
-                                 [&](int64_t i) { return rows.teacher[i] == Logits::kUnknown; });
-    rest.log_q = rest.among.log_total() - of_q.log_total();
+    rest.log_q = of_p.log_total() - of_q.log_total();
     if (only_known()) return;
     const double known =
         classes.sum([&](int64_t i) { return is_known(i) ? exp(rows.teacher[i]) : 0; });
@@ -86,7 +97,8 @@ class Mixture {
   // What a term needs of the whole row.
   KD_DEVICE void prepare(Term& t) const {
     if (t.kind == kRenyi || t.kind == kAgreement) t.shift = log_of_powers(t);
-    if (t.kind == kEntropyGap) t.norm = entropy(rows.teacher, of_p) - entropy(rows.student, of_q);
+    if (t.kind == kEntropyGap)
+      t.norm = entropy(classes, rows.teacher, of_p) - entropy(classes, rows.student, of_q);
     if (t.kind == kCorrelation) prepare_correlation(t);
   }
 
@@ -97,13 +109,6 @@ class Mixture {
     const double of_known = classes.log_of_sum(
         [&](int64_t i) { return is_known(i) ? power(t, log_p(i), log_q(i)) : -INFINITY; });
     return rest.is_there ? log_of_two(of_known, power(t, rest.log_p, rest.log_q)) : of_known;
-  }
-
-  KD_DEVICE double entropy(const double* row, const Softmax& of) const {
-    return -classes.sum([&](int64_t i) {
-      const double log = of.log(row[i]);
-      return log == -INFINITY ? 0 : exp(log) * log;
-    });
   }
 
   KD_DEVICE void prepare_correlation(Term& t) const {
@@ -120,11 +125,11 @@ class Mixture {
   }
 
   // The sum of its values; its v is added to those of the others.
-  KD_DEVICE double add(const Term& t) {
+  KD_DEVICE double add(const Term& t, bool begun) {
     double total = classes.sum([&](int64_t i) {
       if (!is_known(i)) return 0.0;
       const Compared c = of_class(t, log_p(i), log_q(i));
-      rows.v[i] += t.weight * c.v;
+      rows.v[i] = (begun ? rows.v[i] : 0) + t.weight * c.v;
       return c.value;
     });
     if (!rest.is_there) return total;
@@ -183,7 +188,7 @@ class Mixture {
     classes.each([&](int64_t i) {
       const double x = rows.student[i], q = exp(of_q.log(x)), v = rows.v[i];
       if (!is_known(i))
-        rows.v[i] = rest.share(x, rest_gradient);
+        rows.v[i] = x == -INFINITY ? 0 : exp(of_p.log(x)) * rest_gradient;
       else
         rows.v[i] = sure && x == of_q.max ? v * others - q * others_v : v - q * mean;
     });
@@ -194,7 +199,7 @@ class Mixture {
   const Rows& rows;
   const Look& look;
   const bool tail;
-  Softmax of_p, of_q;
+  const Softmax &of_q, &of_p;
   Rest rest;
 };
 
@@ -207,8 +212,9 @@ struct Decoupled {
   KD_DEVICE double compare(const KdGeneralProblem& p, const Classes& classes, const Rows& rows,
                            const Look& look, int64_t label) const {
     const auto is_other = [&](int64_t i) { return i != label; };
-    const Softmax of_p = classes.softmax(rows.teacher, look.teacher_temperature, is_other);
-    const Softmax of_q = classes.softmax(rows.student, look.temperature, is_other);
+    const Softmax& of_q = classes.softmax_of_some<1>(rows.student, look.temperature, is_other);
+    const Softmax& of_p =
+        classes.softmax_of_some<2>(rows.teacher, look.teacher_temperature, is_other);
     const Odds odds_p(of_p.log(rows.teacher[label])), odds_q(of_q.log(rows.student[label]));
     double value = 0, more = 0;  // a term of weight zero is no part of the loss
     if (alpha != 0) {

@@ -59,9 +59,10 @@ class Logits {
   KD_DEVICE double source(int64_t row, int64_t i) const {
     return value_at(p.student, p.student_dtype, p.student_rows.start(row) + i);
   }
-  KD_DEVICE void student(int64_t row, double* to) const {
+  // The row, and the largest of it.
+  KD_DEVICE double student(int64_t row, double* to) const {
     const Mapping mapping = of_student();
-    write(to, [&](int64_t i) { return mapping.of(source(row, i), i); });
+    return classes.write(to, [&](int64_t i) { return mapping.of(source(row, i), i); });
   }
 
   KD_DEVICE bool is_top_k() const { return p.plan.top_k.k > 0; }
@@ -75,30 +76,28 @@ class Logits {
   }
 
   // The teacher of a view, as a pass is to divide it by `temperature`, which means of probabilities
-  // depend on. `student`: TAID mixes it in; `other`: a row to work in.
-  KD_DEVICE void teacher(int64_t row, int view, double temperature, bool standardize,
-                         const double* student, double* to, double* other) const {
+  // depend on, and the largest of it. `student`: TAID mixes it in; `other`: a row to work in.
+  KD_DEVICE double teacher(int64_t row, int view, double temperature, bool standardize,
+                           const double* student, double* to, double* other) const {
     if (is_top_k()) return known_classes(row, to);
-    const bool of_logits = p.plan.ensemble == kOfLogits;
-    if (is_joint() && !of_logits)
+    if (is_joint() && p.plan.ensemble == kOfProbabilities)
       return mean_of_probabilities(row, temperature, standardize, student, to, other);
-    if (is_joint())
-      mean_of_logits(row, student, to);
-    else
-      write(to, [&](int64_t i) { return teacher_logit(view, row, student, i); });
-    if (standardize) this->standardize(to);
+    const double max = classes.write(to, [&](int64_t i) {
+      return is_joint() ? mean_logit(row, student, i) : teacher_logit(view, row, student, i);
+    });
+    return standardize ? this->standardize(to, max) : max;
   }
 
   // The mean of the probabilities at temperature 1, whatever the loss makes of several.
-  KD_DEVICE void mean_teacher(int64_t row, const double* student, double* to, double* other) const {
+  KD_DEVICE double mean_teacher(int64_t row, const double* student, double* to,
+                                double* other) const {
     if (p.plan.teachers > 1 && p.plan.ensemble == kOfLosses)
       return mean_of_probabilities(row, 1, false, student, to, other);
-    teacher(row, 0, 1, false, student, to, other);
+    return teacher(row, 0, 1, false, student, to, other);
   }
 
-  KD_DEVICE Spread spread_of(const double* row) const {
-    Spread s = {0, 0, 0, 1};
-    s.origin = reference_of(classes.max([&](int64_t i) { return row[i]; }));
+  KD_DEVICE Spread spread_of(const double* row, double max) const {
+    Spread s = {reference_of(max), 0, 0, 1};
     const Numbers<2> n = classes.sums<2>([&](int64_t i, double (&sums)[2]) {
       if (row[i] == -INFINITY) return;
       sums[0] += row[i] - s.origin;
@@ -107,22 +106,13 @@ class Logits {
     const double count = n.of[1];
     s.mean = count > 0 ? n.of[0] / count : 0;
     s.degrees = count > 1 ? count - 1 : 1;
-    const double squares = classes.sum([&](int64_t i) {
-      return row[i] == -INFINITY ? 0 : s.centred(row[i]) * s.centred(row[i]);
-    });
+    const double squares = classes.sum(
+        [&](int64_t i) { return row[i] == -INFINITY ? 0 : s.centred(row[i]) * s.centred(row[i]); });
     s.deviation = sqrt(squares / s.degrees);
     return s;
   }
 
  private:
-  // No thread may still look at what is overwritten, and all may look at what has been written.
-  template <typename F>
-  KD_DEVICE void write(double* to, F of) const {
-    classes.sync();
-    classes.each([&](int64_t i) { to[i] = of(i); });
-    classes.sync();
-  }
-
   KD_DEVICE double teacher_logit(int k, int64_t row, const double* student, int64_t i) const {
     const KdTeacher& t = p.plan.teacher[k];
     const double share = p.plan.teacher_share;
@@ -132,41 +122,40 @@ class Logits {
     return share == 1 ? x : (1 - share) * student[i] + share * x;
   }
 
-  KD_DEVICE void standardize(double* logits) const {
-    const Spread s = spread_of(logits);
-    write(logits, [&](int64_t i) { return (logits[i] - s.origin) / s.divisor(); });
+  KD_DEVICE double standardize(double* logits, double max) const {
+    const Spread s = spread_of(logits, max);
+    return classes.write(logits, [&](int64_t i) { return (logits[i] - s.origin) / s.divisor(); });
   }
 
-  KD_DEVICE void mean_of_logits(int64_t row, const double* student, double* to) const {
-    write(to, [&](int64_t i) {
-      double sum = 0;
+  KD_DEVICE double mean_logit(int64_t row, const double* student, int64_t i) const {
+    double sum = 0;
 #pragma unroll 1
-      for (int k = 0; k < p.plan.teachers; ++k)
-        sum += p.plan.teacher[k].weight * teacher_logit(k, row, student, i);
-      return sum;
-    });
+    for (int k = 0; k < p.plan.teachers; ++k)
+      sum += p.plan.teacher[k].weight * teacher_logit(k, row, student, i);
+    return sum;
   }
 
   // T log of the mean, for a pass to divide by T.
-  KD_DEVICE void mean_of_probabilities(int64_t row, double temperature, bool standardize,
-                                       const double* student, double* to, double* other) const {
+  KD_DEVICE double mean_of_probabilities(int64_t row, double temperature, bool standardize,
+                                         const double* student, double* to, double* other) const {
 #pragma unroll 1
     for (int k = 0; k < p.plan.teachers; ++k) {
-      write(other, [&](int64_t i) { return teacher_logit(k, row, student, i); });
-      if (standardize) this->standardize(other);
-      const Softmax of_teacher = classes.softmax(other, temperature);
+      double max =
+          classes.write(other, [&](int64_t i) { return teacher_logit(k, row, student, i); });
+      if (standardize) max = this->standardize(other, max);
+      const Softmax& of_teacher = classes.softmax<2>(other, temperature, max);
       const double log_weight = log(p.plan.teacher[k].weight);
-      write(to, [&](int64_t i) {
+      classes.each([&](int64_t i) {
         const double x = of_teacher.log(other[i]) + log_weight;
-        return k == 0 ? x : log_of_two(to[i], x);
+        to[i] = k == 0 ? x : log_of_two(to[i], x);
       });
     }
-    write(to, [&](int64_t i) { return to[i] * temperature; });
+    return classes.write(to, [&](int64_t i) { return to[i] * temperature; });
   }
 
   // The k classes that are known; the others have no mass, or have kUnknown in their place. An
   // entry that is none, or out of range, makes the row NaN.
-  KD_DEVICE void known_classes(int64_t row, double* to) const {
+  KD_DEVICE double known_classes(int64_t row, double* to) const {
     const KdTopK& t = p.plan.top_k;
     const double* const values = t.values + row * t.k;
     const int64_t* const indices = t.indices + row * t.k;
@@ -174,16 +163,16 @@ class Logits {
     const auto is_bad = [&](int64_t k) {
       return indices[k] < 0 || indices[k] >= p.classes || !(values[k] < INFINITY);
     };
-    write(to, [&](int64_t) { return tail ? kUnknown : -INFINITY; });
-    classes.each_of(t.k, [&](int64_t k) {
-      if (!is_bad(k)) to[indices[k]] = values[k];
-    });
-    const double bad =
-        classes
-            .sums_of<1>(t.k, [&](int64_t k, double (&s)[1]) { s[0] += is_bad(k) ? 1 : 0; })
-            .of[0];
-    if (classes.leads() && bad > 0) to[0] = NAN;
     classes.sync();
+    classes.each([&](int64_t i) { to[i] = tail ? kUnknown : -INFINITY; });
+    classes.sync();
+    const double max = classes.max_of(t.k, [&](int64_t k) {
+      if (is_bad(k)) return static_cast<double>(NAN);
+      return to[indices[k]] = values[k];
+    });
+    if (classes.leads() && max != max) to[0] = NAN;
+    classes.sync();
+    return max;
   }
 
   const KdGeneralProblem& p;

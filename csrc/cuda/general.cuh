@@ -43,9 +43,9 @@ class GeneralRow {
     bad_label = label < 0 || label >= p.classes;
     spoilt = false;
     of_label_alone = 0;
-    logits.student(row, rows.student);
-    if (plan.standardize) of_student = logits.spread_of(rows.student);
-    if (p.grad) classes.each([&](int64_t i) { total[i] = 0; });
+    begun = false;
+    max = logits.student(row, rows.student);
+    if (plan.standardize) of_student = logits.spread_of(rows.student, max);
 #pragma unroll 1
     for (int k = 0; k < plan.passes; ++k)
       if (plan.pass[k].added || p.want_soft)
@@ -72,10 +72,13 @@ class GeneralRow {
     const double nominal = own ? own[row] : pass.temperature;
     const bool same = pass.temperature == pass.teacher_temperature;
     const bool standardize = plan.standardize && !pass.added;
-    const Look look = {plan.term + pass.first, pass.terms,
-                       first.kind == kWeightedSoft || first.kind == kTeacherLabel,
-                       standardize ? nominal * of_student.divisor() : nominal,
-                       same ? nominal : pass.teacher_temperature};
+    Look look = {plan.term + pass.first,
+                 pass.terms,
+                 first.kind == kWeightedSoft || first.kind == kTeacherLabel,
+                 standardize ? nominal * of_student.divisor() : nominal,
+                 same ? nominal : pass.teacher_temperature,
+                 max,
+                 0};
     double factor = pass.weight * logits.weight_of(view) * weight;
     double constant = 0;  // of the value: no part of the gradient
     if (first.kind == kNormalized || first.kind == kWeightedSoft || first.kind == kTeacherLabel)
@@ -93,20 +96,19 @@ class GeneralRow {
       }
     }
     if (plan.scale_by_t2 && !pass.added) factor *= nominal * nominal;
-    logits.teacher(row, view, look.teacher_temperature, standardize, rows.student, rows.teacher,
-                   rows.v);
+    look.teacher_max = logits.teacher(row, view, look.teacher_temperature, standardize,
+                                      rows.student, rows.teacher, rows.v);
     double value;
     if (first.kind == kDecoupled || first.kind == kNormalized) {
       const Decoupled parts = first.kind == kDecoupled
                                   ? Decoupled{first.parameter, first.second, false}
                                   : Decoupled{0, first.parameter, true};
-      if (first.kind == kDecoupled)
-        factor *= first.weight;
+      if (first.kind == kDecoupled) factor *= first.weight;
       value = parts.compare(p, classes, rows, look, label);
     } else {
       if (first.kind == kWeightedSoft && factor != 0)
-        constant = factor * entropy(rows.teacher, look.teacher_temperature);
-      if (first.kind == kTeacherLabel) decide(rows.teacher);
+        constant = factor * entropy_at(rows.teacher, look.teacher_temperature, look.teacher_max);
+      if (first.kind == kTeacherLabel) look.teacher_max = decide(rows.teacher, look.teacher_max);
       value = Mixture(p, classes, logits, rows, look).compare(row);
     }
     (pass.added ? terms.added : terms.soft) += factor * value + constant;
@@ -114,33 +116,32 @@ class GeneralRow {
   }
 
   // The teacher's row as if its first largest class were all that it says.
-  KD_DEVICE void decide(double* teacher) const {
-    const int64_t largest = classes.first_largest(teacher);
-    classes.sync();
-    classes.each(
-        [&](int64_t i) { teacher[i] = largest < 0 ? NAN : i == largest ? 0 : -INFINITY; });
-    classes.sync();
+  KD_DEVICE double decide(double* teacher, double largest) const {
+    const int64_t first = classes.first_of(teacher, largest);
+    return classes.write(teacher, [&](int64_t i) {
+      return first < 0 ? NAN : i == first ? 0 : -INFINITY;
+    });
   }
 
   // -log of the label's probability at temperature 1, by its log-odds: no digit is lost where that
   // is nearly 1.
   KD_DEVICE double label_cross_entropy(const double* of) const {
-    const Softmax others = classes.softmax(of, 1, [&](int64_t i) { return i != label; });
+    const Softmax& others =
+        classes.softmax_of_some<1>(of, 1, [&](int64_t i) { return i != label; });
     return softplus(-others.log(of[label]));
   }
 
-  KD_DEVICE double entropy(const double* of, double temperature) const {
-    const Softmax softmax = classes.softmax(of, temperature);
-    return -classes.sum([&](int64_t i) {
-      const double log = softmax.log(of[i]);
-      return log == -INFINITY ? 0 : exp(log) * log;
-    });
+  KD_DEVICE double entropy_at(const double* of, double temperature, double largest) const {
+    return entropy(classes, of, classes.softmax<2>(of, temperature, largest));
   }
 
   // ---- gradient ---------------------------------------------------------------------------------
 
+  // Of the passes so far.
+  KD_DEVICE double before(int64_t i) const { return begun ? total[i] : 0; }
+
   // The pass's is in rows.v.
-  KD_DEVICE void add_gradient(double scale, bool standardized) const {
+  KD_DEVICE void add_gradient(double scale, bool standardized) {
     double along = 0;
     // A standardised row has a temperature of its own, which its logits change, too.
     if (standardized && of_student.deviation != 0) {
@@ -153,8 +154,9 @@ class GeneralRow {
     classes.each([&](int64_t i) {
       const double x = rows.student[i];
       const double own = along == 0 || x == -INFINITY ? 0 : along * of_student.centred(x);
-      total[i] += scale * (rows.v[i] - own);
+      total[i] = before(i) + scale * (rows.v[i] - own);
     });
+    begun = true;
   }
 
   // With the labels: the loss's own, and what NKD has beside it without its options.
@@ -166,7 +168,7 @@ class GeneralRow {
       return;
     }
     if (!wanted && of_label_alone == 0) return;
-    const Softmax r = classes.softmax(rows.student, 1);
+    const Softmax& r = classes.softmax<1>(rows.student, 1, max);
     const double epsilon = p.label_smoothing, smooth = epsilon / static_cast<double>(p.classes);
     const double w = (1 - epsilon) * (p.weight ? p.weight[label] : 1), log_sum = r.log_total();
     // Of every r: what smoothing and z-loss add to the label's share.
@@ -181,17 +183,18 @@ class GeneralRow {
     const double scale = wanted && p.alpha != 1 ? weight * scales.hard_scale : 0;
     if (!p.grad || (scale == 0 && of_label_alone == 0)) return;
     const double at_label = scale * w + of_label_alone, of_r = scale * more;
-    const double others = classes.sum([&](int64_t i) {
-      return rows.student[i] == r.max ? 0 : exp(r.log(rows.student[i]));
-    });
-    const bool sure = r.is_sure();
+    const bool sure = r.is_sure() && rows.student[label] == r.max;
+    double others = 0;  // than the label
+    if (sure)
+      others = classes.sum([&](int64_t i) { return i == label ? 0 : exp(r.log(rows.student[i])); });
     classes.each([&](int64_t i) {
       const double x = rows.student[i], of = exp(r.log(x));
       double g = (at_label + of_r) * of - (i == label ? at_label : 0);
       // r - 1 would cancel.
-      if (i == label && sure && x == r.max) g = of_r - (at_label + of_r) * others;
-      total[i] += g - scale * smooth * weight_of(i);
+      if (i == label && sure) g = of_r - (at_label + of_r) * others;
+      total[i] = before(i) + g - scale * smooth * weight_of(i);
     });
+    begun = true;
   }
 
   KD_DEVICE double weight_of(int64_t i) const { return p.weight ? p.weight[i] : 1; }
@@ -202,7 +205,7 @@ class GeneralRow {
     const bool as_it_is = mapping.is_identity();
     classes.each([&](int64_t i) {
       const double slope = as_it_is ? 1 : mapping.slope(logits.source(row, i), i);
-      put_gradient(i, spoilt ? NAN : total[i] * slope);
+      put_gradient(i, spoilt ? NAN : before(i) * slope);
     });
   }
   KD_DEVICE void put_gradient(int64_t i, double value) const {
@@ -212,14 +215,15 @@ class GeneralRow {
   // ---- metrics ----------------------------------------------------------------------------------
 
   KD_DEVICE void measure() const {
-    logits.mean_teacher(row, rows.student, rows.teacher, rows.v);
-    const int64_t guess = classes.first_largest(rows.student);
-    const int64_t of_teacher = classes.first_largest(rows.teacher);
-    const double of_q = entropy(rows.student, 1), of_p = entropy(rows.teacher, 1);
+    const double of_teacher = logits.mean_teacher(row, rows.student, rows.teacher, rows.v);
+    const double of_q = entropy_at(rows.student, 1, max);
+    const double of_p = entropy_at(rows.teacher, 1, of_teacher);
+    const int64_t guess = classes.first_of(rows.student, max);
+    const int64_t its_guess = classes.first_of(rows.teacher, of_teacher);
     if (!classes.leads()) return;
     double* const out = plan.metrics + 4 * row;
     out[0] = of_q, out[1] = of_p;
-    out[2] = guess == of_teacher;
+    out[2] = guess == its_guess;
     out[3] = has_label && label == guess;
   }
 
@@ -235,6 +239,8 @@ class GeneralRow {
   int64_t row, label;
   bool has_label, bad_label;
   bool spoilt;  // its gradient is NaN
+  bool begun;   // total holds something
+  double max;   // of rows.student
   double weight;
   double of_label_alone;  // of the gradient of the label's plain cross entropy
   Spread of_student;
