@@ -19,13 +19,12 @@ struct Look {
   int count;
   bool forward;  // the forward KL, whatever the terms are
   double temperature, teacher_temperature;
-  double max, teacher_max;
 };
 
 // The student's mass on the classes that a top-k teacher says nothing of, as one class.
 struct Rest {
   bool is_there;
-  double log_p, log_q, v;
+  double log_p, log_q, q, v;
 };
 
 KD_DEVICE double entropy(const Classes& classes, const double* row, const Softmax& of) {
@@ -38,17 +37,19 @@ KD_DEVICE double entropy(const Classes& classes, const double* row, const Softma
 class Mixture {
  public:
   KD_DEVICE Mixture(const KdGeneralProblem& problem, const Classes& the_classes,
-                    const Logits& logits, const Rows& the_rows, const Look& the_look)
+                    const Logits& logits, const Rows& the_rows, const Look& the_look, double max,
+                    double teacher_max)
       : p(problem),
         classes(the_classes),
         rows(the_rows),
         look(the_look),
         tail(logits.has_tail()),
-        of_q(classes.softmax<1>(rows.student, look.temperature, look.max)),
+        of_q(classes.softmax<1>(rows.student, look.temperature, max)),
         of_p(tail ? classes.softmax_of_some<2>(rows.student, look.temperature, IsUnknown{rows})
-                  : classes.softmax<2>(rows.teacher, look.teacher_temperature, look.teacher_max)),
-        rest{false, -INFINITY, -INFINITY, 0} {
-    if (tail) find_rest();
+                  : classes.softmax<2>(rows.teacher, look.teacher_temperature, teacher_max)),
+        term(block_shared<Term>()),
+        rest(block_shared<Rest>()) {
+    find_rest();
   }
 
   // The value; the gradient is left in rows.v.
@@ -57,10 +58,10 @@ class Mixture {
     bool begun = false;  // rows.v holds something
 #pragma unroll 1
     for (int k = 0; k < look.count; ++k) {
-      Term t = look.forward ? Term{kForwardKL, 1, 0, 1, 0, 1} : term_of(look.terms[k], row);
-      if (t.weight == 0) continue;
-      prepare(t);
-      value += t.weight * value_of_term(t, add(t, begun));
+      const Term own = look.forward ? Term{kForwardKL, 1, 0, 1, 0, 1} : term_of(look.terms[k], row);
+      if (own.weight == 0) continue;
+      prepare(own);
+      value += term.weight * value_of_term(add(begun));
       begun = true;
     }
     if (!begun) classes.each([&](int64_t i) { rows.v[i] = 0; });
@@ -84,22 +85,30 @@ class Mixture {
   // Of a teacher that gives log-probabilities of some classes: of_p is the student's softmax among
   // the others.
   KD_DEVICE void find_rest() {
-    rest.log_q = of_p.log_total() - of_q.log_total();
-    if (only_known()) return;
-    const double known =
-        classes.sum([&](int64_t i) { return is_known(i) ? exp(rows.teacher[i]) : 0; });
-    rest.is_there = p.plan.top_k.k < p.classes;
-    if (rest.is_there && known < 1) rest.log_p = log1p(-known);
+    Rest found = {false, -INFINITY, -INFINITY, 0, 0};
+    if (tail) {
+      found.log_q = of_p.log_total() - of_q.log_total();
+      found.q = exp(found.log_q);
+      const double known =
+          classes.sum([&](int64_t i) { return is_known(i) ? exp(rows.teacher[i]) : 0; });
+      found.is_there = !only_known() && p.plan.top_k.k < p.classes;
+      if (found.is_there && known < 1) found.log_p = log1p(-known);
+    }
+    if (classes.leads()) rest = found;
+    classes.sync();
   }
 
   // ---- terms ------------------------------------------------------------------------------------
 
-  // What a term needs of the whole row.
-  KD_DEVICE void prepare(Term& t) const {
+  // The term with what it needs of the whole row.
+  KD_DEVICE void prepare(Term t) const {
     if (t.kind == kRenyi || t.kind == kAgreement) t.shift = log_of_powers(t);
     if (t.kind == kEntropyGap)
       t.norm = entropy(classes, rows.teacher, of_p) - entropy(classes, rows.student, of_q);
     if (t.kind == kCorrelation) prepare_correlation(t);
+    classes.sync();  // the one before is done
+    if (classes.leads()) term = t;
+    classes.sync();
   }
 
   KD_DEVICE static double power(const Term& t, double log_p, double log_q) {
@@ -125,20 +134,21 @@ class Mixture {
   }
 
   // The sum of its values; its v is added to those of the others.
-  KD_DEVICE double add(const Term& t, bool begun) {
+  KD_DEVICE double add(bool begun) {
     double total = classes.sum([&](int64_t i) {
       if (!is_known(i)) return 0.0;
-      const Compared c = of_class(t, log_p(i), log_q(i));
-      rows.v[i] = (begun ? rows.v[i] : 0) + t.weight * c.v;
+      const Compared c = of_class(log_p(i), log_q(i));
+      rows.v[i] = (begun ? rows.v[i] : 0) + term.weight * c.v;
       return c.value;
     });
     if (!rest.is_there) return total;
-    const Compared c = of_class(t, rest.log_p, rest.log_q);
-    rest.v += t.weight * c.v;
+    const Compared c = of_class(rest.log_p, rest.log_q);
+    if (classes.leads()) rest.v += term.weight * c.v;
     return total + c.value;
   }
 
-  KD_DEVICE Compared of_class(const Term& t, double log_p, double log_q) const {
+  KD_DEVICE Compared of_class(double log_p, double log_q) const {
+    const Term& t = term;
     switch (t.kind) {
       case kAlphaDivergence: {  // the 1 of all classes is taken off each
         const double a = t.parameter, w = exp(log_of_power(a, log_p, log_q));
@@ -160,7 +170,8 @@ class Mixture {
     }
   }
 
-  KD_DEVICE double value_of_term(const Term& t, double total) const {
+  KD_DEVICE double value_of_term(double total) const {
+    const Term& t = term;
     const double a = t.parameter;
     double value = total;
     if (t.kind == kAlphaDivergence) value = (total - (only_known() ? 1 : 0)) / (a * (a - 1));
@@ -181,10 +192,10 @@ class Mixture {
       sums[0] += q, sums[1] += v;
       if (rows.student[i] != of_q.max) sums[2] += q, sums[3] += v;
     });
-    const double of_rest = tail ? exp(rest.log_q) : 0, mean = n.of[1] + rest.v;
-    const double others = n.of[2] + of_rest, others_v = n.of[3] + rest.v;
+    const double mean = n.of[1] + rest.v;
+    const double others = n.of[2] + rest.q, others_v = n.of[3] + rest.v;
     // Nearly all of df/dq may be the mean: the difference is had from the known classes.
-    const double rest_gradient = rest.v * n.of[0] - of_rest * n.of[1];
+    const double rest_gradient = rest.v * n.of[0] - rest.q * n.of[1];
     classes.each([&](int64_t i) {
       const double x = rows.student[i], q = exp(of_q.log(x)), v = rows.v[i];
       if (!is_known(i))
@@ -200,7 +211,8 @@ class Mixture {
   const Look& look;
   const bool tail;
   const Softmax &of_q, &of_p;
-  Rest rest;
+  Term& term;  // the one at hand, in the block's memory
+  Rest& rest;  // there, too
 };
 
 // alpha times the divergence of the label against all else, and beta times that among all else.
@@ -208,6 +220,11 @@ class Mixture {
 struct Decoupled {
   double alpha, beta;
   bool with_entropy;  // beta times the cross entropy among all else
+
+  KD_DEVICE explicit Decoupled(const KdTerm& t)
+      : alpha(t.kind == kNormalized ? 0 : t.parameter),
+        beta(t.kind == kNormalized ? t.parameter : t.second),
+        with_entropy(t.kind == kNormalized) {}
 
   KD_DEVICE double compare(const KdGeneralProblem& p, const Classes& classes, const Rows& rows,
                            const Look& look, int64_t label) const {

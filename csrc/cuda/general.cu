@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int kGeneralThreads = 256;  // a thread may have 255 registers
+// Two blocks share a multiprocessor: one computes while the other waits at a barrier.
+constexpr int kGeneralThreads = 256;
 // Of scratch memory, at most: what the L2 cache does not hold costs time.
 constexpr int64_t kScratchBytes = int64_t{1} << 28;
 
@@ -94,7 +95,7 @@ KD_DEVICE void put_terms(const KdGeneralProblem& p, int64_t i, double soft, doub
   put(p.out.hard, p.out.in_float64, i, hard);
 }
 
-KD_KERNEL(kGeneralThreads) general_rows_kernel(KD_PARAMETER KdGeneralProblem p) {
+KD_KERNEL(kGeneralThreads, 2) general_rows_kernel(KD_PARAMETER KdGeneralProblem p) {
   Block block;
   const Classes classes(p.classes, block);
   GeneralRow of_block(p, *p.scales, classes,

@@ -22,30 +22,18 @@ class GeneralRow {
         classes(the_classes),
         logits(problem, the_classes),
         rows{scratch, scratch + problem.scratch_row, scratch + 2 * problem.scratch_row},
-        total(scratch + 3 * problem.scratch_row) {}
+        total(scratch + 3 * problem.scratch_row),
+        state(block_shared<State>()) {}
 
-  // Its terms, and in memory its gradient.
+  // Its terms, for the thread that leads, and in memory its gradient.
   KD_DEVICE Terms visit(int64_t the_row) {
     row = the_row;
-    terms = {0, 0, 0};
-    weight = p.row_weight(row);
-    if (p.soft_active(row) && weight != 0)
-      compute();
-    else if (p.grad)  // not even read: it may hold NaN
-      classes.each([&](int64_t i) { put_gradient(i, 0); });
-    return terms;
-  }
-
- private:
-  KD_DEVICE void compute() {
-    has_label = p.hard_active(row);
-    label = has_label ? p.label(row) : 0;
-    bad_label = label < 0 || label >= p.classes;
-    spoilt = false;
-    of_label_alone = 0;
-    begun = false;
-    max = logits.student(row, rows.student);
-    if (plan.standardize) of_student = logits.spread_of(rows.student, max);
+    const double weight = p.row_weight(row);
+    if (!p.soft_active(row) || weight == 0) {  // not even read: it may hold NaN
+      if (p.grad) classes.each([&](int64_t i) { put_gradient(i, 0); });
+      return {0, 0, 0};
+    }
+    begin(weight);
 #pragma unroll 1
     for (int k = 0; k < plan.passes; ++k)
       if (plan.pass[k].added || p.want_soft)
@@ -54,65 +42,111 @@ class GeneralRow {
     add_cross_entropy();
     if (plan.metrics) measure();
     if (p.grad) finish();
+    return state.terms;
+  }
+
+ private:
+  // What all threads know of the row, in the block's memory, as registers are few. One writes it.
+  struct State {
+    Terms terms;
+    double weight, max;     // of the sample; of rows.student
+    double of_label_alone;  // of the gradient of the label's plain cross entropy
+    Spread of_student;
+    // Of the pass.
+    Look look;
+    double square;            // T^2, or 1
+    double factor, constant;  // of its value; beside it, where the gradient has no part of it
+  };
+
+  KD_DEVICE void begin(double weight) {
+    has_label = p.hard_active(row);
+    label = has_label ? p.label(row) : 0;
+    bad_label = label < 0 || label >= p.classes;
+    spoilt = begun = false;
+    const double max = logits.student(row, rows.student);
+    const Spread of_student = plan.standardize ? logits.spread_of(rows.student, max) : Spread{};
+    if (classes.leads()) {
+      state.terms = {0, 0, 0};
+      state.weight = weight, state.max = max, state.of_label_alone = 0;
+      state.of_student = of_student;
+    }
+    classes.sync();
   }
 
   // ---- a pass -----------------------------------------------------------------------------------
 
+  KD_DEVICE static bool is_decoupled(const KdTerm& t) {
+    return t.kind == kDecoupled || t.kind == kNormalized;
+  }
+  KD_DEVICE double base_of(const KdPass& pass) const {
+    return pass.added ? scales.added_scale : scales.plan_scale;
+  }
+
   KD_DEVICE void visit_pass(const KdPass& pass, int view) {
     const KdTerm& first = plan.term[pass.first];
-    const bool of_label =
-        first.kind == kDecoupled || first.kind == kNormalized || first.kind == kWeightedSoft;
-    const double base = pass.added ? scales.added_scale : scales.plan_scale;
-    if (of_label && bad_label) {
-      terms.soft = NAN;
-      spoilt = spoilt || base != 0;
+    if (bad_label && (is_decoupled(first) || first.kind == kWeightedSoft)) {
+      if (classes.leads()) state.terms.soft = NAN;
+      spoilt = spoilt || base_of(pass) != 0;
       return;
     }
+    const bool standardize = plan.standardize && !pass.added;
+    classes.sync();  // the pass before is done
+    if (classes.leads()) look_at(pass, logits.weight_of(view));
+    if (first.kind == kNormalized || first.kind == kWeightedSoft)
+      look_at_label(first, view, base_of(pass));
+    classes.sync();
+    double teacher_max = logits.teacher(row, view, state.look.teacher_temperature, standardize,
+                                        rows.student, rows.teacher, rows.v);
+    double value;
+    if (is_decoupled(first)) {
+      value = Decoupled{first}.compare(p, classes, rows, state.look, label);
+    } else {
+      if (first.kind == kWeightedSoft && state.factor != 0) add_entropy(teacher_max);
+      if (first.kind == kTeacherLabel) teacher_max = decide(rows.teacher, teacher_max);
+      value = Mixture(p, classes, logits, rows, state.look, state.max, teacher_max).compare(row);
+    }
+    if (classes.leads())
+      (pass.added ? state.terms.added : state.terms.soft) += state.factor * value + state.constant;
+    if (p.grad && base_of(pass) != 0)
+      add_gradient(base_of(pass) * state.factor / state.look.temperature, standardize);
+  }
+
+  // The pass in this row.
+  KD_DEVICE void look_at(const KdPass& pass, double share) {
+    const KdTerm& first = plan.term[pass.first];
     const double* const own = pass.added ? nullptr : plan.row_temperature;
     const double nominal = own ? own[row] : pass.temperature;
     const bool same = pass.temperature == pass.teacher_temperature;
     const bool standardize = plan.standardize && !pass.added;
-    Look look = {plan.term + pass.first,
-                 pass.terms,
-                 first.kind == kWeightedSoft || first.kind == kTeacherLabel,
-                 standardize ? nominal * of_student.divisor() : nominal,
-                 same ? nominal : pass.teacher_temperature,
-                 max,
-                 0};
-    double factor = pass.weight * logits.weight_of(view) * weight;
-    double constant = 0;  // of the value: no part of the gradient
-    if (first.kind == kNormalized || first.kind == kWeightedSoft || first.kind == kTeacherLabel)
-      factor *= first.row_weight ? first.row_weight[row] : first.weight;
-    if (first.kind == kNormalized || first.kind == kWeightedSoft) {
-      logits.teacher(row, view, 1, false, rows.student, rows.teacher, rows.v);
-      const double of_student = label_cross_entropy(rows.student);
-      const double of_teacher = label_cross_entropy(rows.teacher);
-      if (first.kind == kNormalized) {  // the label's part is not at the temperature
-        const double at_label = factor * exp(-of_teacher);
-        of_label_alone += base * at_label;
-        constant = at_label * of_student;
-      } else {
-        factor *= -expm1(-of_student / (of_teacher + 1e-7)) * first.parameter;
-      }
+    const bool forward = first.kind == kWeightedSoft || first.kind == kTeacherLabel;
+    state.look = {&first, pass.terms, forward,
+                  standardize ? nominal * state.of_student.divisor() : nominal,
+                  same ? nominal : pass.teacher_temperature};
+    state.square = plan.scale_by_t2 && !pass.added ? nominal * nominal : 1;
+    state.factor = state.square * pass.weight * share * state.weight;
+    if (forward || is_decoupled(first))  // of a mixture each term has its own
+      state.factor *= first.row_weight ? first.row_weight[row] : first.weight;
+    state.constant = 0;
+  }
+
+  // What NKD and WSLD make of the label's cross entropies at temperature 1.
+  KD_DEVICE void look_at_label(const KdTerm& term, int view, double base) {
+    logits.teacher(row, view, 1, false, rows.student, rows.teacher, rows.v);
+    const double of_student = label_cross_entropy(rows.student);
+    const double of_teacher = label_cross_entropy(rows.teacher);
+    if (!classes.leads()) return;
+    if (term.kind == kWeightedSoft) {
+      state.factor *= -expm1(-of_student / (of_teacher + 1e-7)) * term.parameter;
+      return;
     }
-    if (plan.scale_by_t2 && !pass.added) factor *= nominal * nominal;
-    look.teacher_max = logits.teacher(row, view, look.teacher_temperature, standardize,
-                                      rows.student, rows.teacher, rows.v);
-    double value;
-    if (first.kind == kDecoupled || first.kind == kNormalized) {
-      const Decoupled parts = first.kind == kDecoupled
-                                  ? Decoupled{first.parameter, first.second, false}
-                                  : Decoupled{0, first.parameter, true};
-      if (first.kind == kDecoupled) factor *= first.weight;
-      value = parts.compare(p, classes, rows, look, label);
-    } else {
-      if (first.kind == kWeightedSoft && factor != 0)
-        constant = factor * entropy_at(rows.teacher, look.teacher_temperature, look.teacher_max);
-      if (first.kind == kTeacherLabel) look.teacher_max = decide(rows.teacher, look.teacher_max);
-      value = Mixture(p, classes, logits, rows, look).compare(row);
-    }
-    (pass.added ? terms.added : terms.soft) += factor * value + constant;
-    if (p.grad && base != 0) add_gradient(base * factor / look.temperature, standardize);
+    const double at_label = state.factor / state.square * exp(-of_teacher);
+    state.of_label_alone += base * at_label;
+    state.constant = at_label * of_student;
+  }
+
+  KD_DEVICE void add_entropy(double teacher_max) {
+    const double entropy = entropy_at(rows.teacher, state.look.teacher_temperature, teacher_max);
+    if (classes.leads()) state.constant = state.factor * entropy;
   }
 
   // The teacher's row as if its first largest class were all that it says.
@@ -144,6 +178,7 @@ class GeneralRow {
   KD_DEVICE void add_gradient(double scale, bool standardized) {
     double along = 0;
     // A standardised row has a temperature of its own, which its logits change, too.
+    const Spread& of_student = state.of_student;
     if (standardized && of_student.deviation != 0) {
       const double dot = classes.sum([&](int64_t i) {
         const double x = rows.student[i];
@@ -163,12 +198,12 @@ class GeneralRow {
   KD_DEVICE void add_cross_entropy() {
     const bool wanted = p.want_hard && has_label;
     if (wanted && bad_label) {
-      terms.hard = NAN;
+      if (classes.leads()) state.terms.hard = NAN;
       spoilt = spoilt || p.alpha != 1;
       return;
     }
-    if (!wanted && of_label_alone == 0) return;
-    const Softmax& r = classes.softmax<1>(rows.student, 1, max);
+    if (!wanted && state.of_label_alone == 0) return;
+    const Softmax& r = classes.softmax<1>(rows.student, 1, state.max);
     const double epsilon = p.label_smoothing, smooth = epsilon / static_cast<double>(p.classes);
     const double w = (1 - epsilon) * (p.weight ? p.weight[label] : 1), log_sum = r.log_total();
     // Of every r: what smoothing and z-loss add to the label's share.
@@ -178,11 +213,11 @@ class GeneralRow {
       if (epsilon > 0)
         loss += smooth * (scales.weight_sum * log_sum -
                           classes.sum([&](int64_t i) { return weight_of(i) * rows.student[i]; }));
-      terms.hard = weight * loss;
+      if (classes.leads()) state.terms.hard = state.weight * loss;
     }
-    const double scale = wanted && p.alpha != 1 ? weight * scales.hard_scale : 0;
-    if (!p.grad || (scale == 0 && of_label_alone == 0)) return;
-    const double at_label = scale * w + of_label_alone, of_r = scale * more;
+    const double scale = wanted && p.alpha != 1 ? state.weight * scales.hard_scale : 0;
+    if (!p.grad || (scale == 0 && state.of_label_alone == 0)) return;
+    const double at_label = scale * w + state.of_label_alone, of_r = scale * more;
     const bool sure = r.is_sure() && rows.student[label] == r.max;
     double others = 0;  // than the label
     if (sure)
@@ -216,9 +251,9 @@ class GeneralRow {
 
   KD_DEVICE void measure() const {
     const double of_teacher = logits.mean_teacher(row, rows.student, rows.teacher, rows.v);
-    const double of_q = entropy_at(rows.student, 1, max);
+    const double of_q = entropy_at(rows.student, 1, state.max);
     const double of_p = entropy_at(rows.teacher, 1, of_teacher);
-    const int64_t guess = classes.first_of(rows.student, max);
+    const int64_t guess = classes.first_of(rows.student, state.max);
     const int64_t its_guess = classes.first_of(rows.teacher, of_teacher);
     if (!classes.leads()) return;
     double* const out = plan.metrics + 4 * row;
@@ -235,16 +270,13 @@ class GeneralRow {
   const Rows rows;
   double* const total;
 
+  State& state;
+
   // Of the row at hand.
   int64_t row, label;
   bool has_label, bad_label;
   bool spoilt;  // its gradient is NaN
   bool begun;   // total holds something
-  double max;   // of rows.student
-  double weight;
-  double of_label_alone;  // of the gradient of the label's plain cross entropy
-  Spread of_student;
-  Terms terms;
 };
 
 }  // namespace
