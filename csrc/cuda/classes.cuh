@@ -4,6 +4,7 @@
 #pragma once
 #include <math.h>
 
+#include "elements.cuh"
 #include "teams.cuh"
 
 namespace {
@@ -25,6 +26,11 @@ struct Softmax {
   KD_DEVICE bool is_sure() const { return sum < 2; }
 };
 
+// A row, and the largest number of it.
+struct Logits : Row {
+  double max;
+};
+
 class Classes {
  public:
   KD_DEVICE Classes(int64_t count, Block& block) : count_(count), block_(block) {}
@@ -33,12 +39,13 @@ class Classes {
   KD_DEVICE bool leads() const { return block_.rank() == 0; }
   KD_DEVICE void sync() const { block_sync(); }
 
-  // A row of `of(i)`, and the largest of them. No thread may still look at what is overwritten, and
-  // all may look at what has been written.
+  // A row of `of(i)`. No thread may still look at what is overwritten, and all may look at what has
+  // been written.
   template <typename F>
-  KD_DEVICE double write(double* to, F of) const {
+  KD_DEVICE Logits write(double* to, F of) const {
     sync();
-    return max([&](int64_t i) { return to[i] = of(i); });
+    const double largest = max([&](int64_t i) { return to[i] = of(i); });
+    return {{to, kFloat64}, largest};
   }
 
   template <typename F>
@@ -87,8 +94,7 @@ class Classes {
   // Of the classes that `keep` is true of, of which `max` is the largest. It stays in the block's
   // memory, as registers are few, until the same kSlot is asked for again.
   template <int kSlot, typename F>
-  KD_DEVICE const Softmax& softmax(const double* row, double temperature, double max,
-                                   F keep) const {
+  KD_DEVICE const Softmax& softmax(const Row& row, double temperature, double max, F keep) const {
     const double top = reference_of(max), inverse_t = 1 / temperature;
     double sums[1] = {0};
     each([&](int64_t i) { sums[0] += keep(i) ? exp((row[i] - top) * inverse_t) : 0.0; });
@@ -96,13 +102,13 @@ class Classes {
         sums, [&](const double (&t)[1]) { return Softmax{top, inverse_t, t[0], ::log(t[0])}; });
   }
   template <int kSlot, typename F>
-  KD_DEVICE const Softmax& softmax_of_some(const double* row, double temperature, F keep) const {
+  KD_DEVICE const Softmax& softmax_of_some(const Row& row, double temperature, F keep) const {
     const double largest = max([&](int64_t i) { return keep(i) ? row[i] : -INFINITY; });
     return softmax<kSlot>(row, temperature, largest, keep);
   }
   template <int kSlot>
-  KD_DEVICE const Softmax& softmax(const double* row, double temperature, double max) const {
-    return softmax<kSlot>(row, temperature, max, [](int64_t) { return true; });
+  KD_DEVICE const Softmax& softmax(const Logits& row, double temperature) const {
+    return softmax<kSlot>(row, temperature, row.max, [](int64_t) { return true; });
   }
 
   // log of the sum of e^of(i).
@@ -113,7 +119,8 @@ class Classes {
   }
 
   // The first class with the largest number; -1 if that is none.
-  KD_DEVICE int64_t first_of(const double* row, double largest) const {
+  KD_DEVICE int64_t first_largest(const Logits& row) const {
+    const double largest = row.max;
     if (!(fabs(largest) < INFINITY)) return -1;
     return -static_cast<int64_t>(
         max([&](int64_t i) { return row[i] == largest ? -static_cast<double>(i) : -INFINITY; }));

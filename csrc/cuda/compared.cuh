@@ -8,9 +8,9 @@ namespace {
 
 #include "../divergence_math.inl"
 
-// In the block's scratch memory.
 struct Rows {
-  double *student, *teacher, *v;
+  Logits student, teacher;
+  double* v;  // in the block's scratch memory
 };
 
 // What is asked of them.
@@ -27,7 +27,7 @@ struct Rest {
   double log_p, log_q, q, v;
 };
 
-KD_DEVICE double entropy(const Classes& classes, const double* row, const Softmax& of) {
+KD_DEVICE double entropy(const Classes& classes, const Row& row, const Softmax& of) {
   return -classes.sum([&](int64_t i) {
     const double log = of.log(row[i]);
     return log == -INFINITY ? 0 : exp(log) * log;
@@ -37,16 +37,15 @@ KD_DEVICE double entropy(const Classes& classes, const double* row, const Softma
 class Mixture {
  public:
   KD_DEVICE Mixture(const KdGeneralProblem& problem, const Classes& the_classes,
-                    const Logits& logits, const Rows& the_rows, const Look& the_look, double max,
-                    double teacher_max)
+                    const Effective& logits, const Rows& the_rows, const Look& the_look)
       : p(problem),
         classes(the_classes),
         rows(the_rows),
         look(the_look),
         tail(logits.has_tail()),
-        of_q(classes.softmax<1>(rows.student, look.temperature, max)),
+        of_q(classes.softmax<1>(rows.student, look.temperature)),
         of_p(tail ? classes.softmax_of_some<2>(rows.student, look.temperature, IsUnknown{rows})
-                  : classes.softmax<2>(rows.teacher, look.teacher_temperature, teacher_max)),
+                  : classes.softmax<2>(rows.teacher, look.teacher_temperature)),
         term(block_shared<Term>()),
         rest(block_shared<Rest>()) {
     find_rest();
@@ -73,7 +72,7 @@ class Mixture {
  private:
   struct IsUnknown {
     const Rows& rows;
-    KD_DEVICE bool operator()(int64_t i) const { return rows.teacher[i] == Logits::kUnknown; }
+    KD_DEVICE bool operator()(int64_t i) const { return rows.teacher[i] == Effective::kUnknown; }
   };
   KD_DEVICE bool is_known(int64_t i) const { return !tail || !IsUnknown{rows}(i); }
   KD_DEVICE bool only_known() const { return tail && p.plan.top_k.tail == kZero; }

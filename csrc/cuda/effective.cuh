@@ -45,24 +45,26 @@ KD_DEVICE double log_of_two(double a, double b) {
   return max == -INFINITY || a != a || b != b ? a + b : max + log1p(exp(min - max));
 }
 
-class Logits {
+class Effective {
  public:
   // The class of a top-k teacher that is not known; none of its logarithms is that.
   static constexpr double kUnknown = INFINITY;
 
-  KD_DEVICE Logits(const KdGeneralProblem& problem, const Classes& the_classes)
+  KD_DEVICE Effective(const KdGeneralProblem& problem, const Classes& the_classes)
       : p(problem), classes(the_classes) {}
 
   KD_DEVICE Mapping of_student() const {
     return {p.plan.student_scale, p.plan.softcap, p.plan.student_bias};
   }
-  KD_DEVICE double source(int64_t row, int64_t i) const {
-    return value_at(p.student, p.student_dtype, p.student_rows.start(row) + i);
+  KD_DEVICE Row source(int64_t row) const {
+    return row_at(p.student, p.student_dtype, p.student_rows.start(row));
   }
-  // The row, and the largest of it.
-  KD_DEVICE double student(int64_t row, double* to) const {
+  // Each of these is the row as it lies in memory, or one that is made in `to`.
+  KD_DEVICE Logits student(int64_t row, double* to) const {
     const Mapping mapping = of_student();
-    return classes.write(to, [&](int64_t i) { return mapping.of(source(row, i), i); });
+    const Row source = this->source(row);
+    if (mapping.is_identity()) return as_it_is(source);
+    return classes.write(to, [&](int64_t i) { return mapping.of(source[i], i); });
   }
 
   KD_DEVICE bool is_top_k() const { return p.plan.top_k.k > 0; }
@@ -76,31 +78,33 @@ class Logits {
   }
 
   // The teacher of a view, as a pass is to divide it by `temperature`, which means of probabilities
-  // depend on, and the largest of it. `student`: TAID mixes it in; `other`: a row to work in.
-  KD_DEVICE double teacher(int64_t row, int view, double temperature, bool standardize,
-                           const double* student, double* to, double* other) const {
+  // depend on. `student`: TAID mixes it in; `other`: a row to work in.
+  KD_DEVICE Logits teacher(int64_t row, int view, double temperature, bool standardize,
+                           const Row& student, double* to, double* other) const {
     if (is_top_k()) return known_classes(row, to);
     if (is_joint() && p.plan.ensemble == kOfProbabilities)
       return mean_of_probabilities(row, temperature, standardize, student, to, other);
-    const double max = classes.write(to, [&](int64_t i) {
+    if (!is_joint() && !standardize && of_teacher().is_identity() && p.plan.teacher_share == 1)
+      return as_it_is(teacher_row(view, row));
+    const Logits made = classes.write(to, [&](int64_t i) {
       return is_joint() ? mean_logit(row, student, i) : teacher_logit(view, row, student, i);
     });
-    return standardize ? this->standardize(to, max) : max;
+    return standardize ? this->standardize(made, to) : made;
   }
 
   // The mean of the probabilities at temperature 1, whatever the loss makes of several.
-  KD_DEVICE double mean_teacher(int64_t row, const double* student, double* to,
-                                double* other) const {
+  KD_DEVICE Logits mean_teacher(int64_t row, const Row& student, double* to, double* other) const {
     if (p.plan.teachers > 1 && p.plan.ensemble == kOfLosses)
       return mean_of_probabilities(row, 1, false, student, to, other);
     return teacher(row, 0, 1, false, student, to, other);
   }
 
-  KD_DEVICE Spread spread_of(const double* row, double max) const {
-    Spread s = {reference_of(max), 0, 0, 1};
+  KD_DEVICE Spread spread_of(const Logits& row) const {
+    Spread s = {reference_of(row.max), 0, 0, 1};
     const Numbers<2> n = classes.sums<2>([&](int64_t i, double (&sums)[2]) {
-      if (row[i] == -INFINITY) return;
-      sums[0] += row[i] - s.origin;
+      const double x = row[i];
+      if (x == -INFINITY) return;
+      sums[0] += x - s.origin;
       sums[1] += 1;
     });
     const double count = n.of[1];
@@ -113,21 +117,30 @@ class Logits {
   }
 
  private:
-  KD_DEVICE double teacher_logit(int k, int64_t row, const double* student, int64_t i) const {
+  KD_DEVICE Logits as_it_is(const Row& row) const {
+    return {row, classes.max([&](int64_t i) { return row[i]; })};
+  }
+  KD_DEVICE Row teacher_row(int k, int64_t row) const {
     const KdTeacher& t = p.plan.teacher[k];
+    return row_at(t.logits, t.dtype, t.rows.start(row));
+  }
+  KD_DEVICE Mapping of_teacher() const {
+    return {p.plan.teacher_scale, p.plan.softcap, p.plan.teacher_bias};
+  }
+
+  KD_DEVICE double teacher_logit(int k, int64_t row, const Row& student, int64_t i) const {
     const double share = p.plan.teacher_share;
     if (share == 0) return student[i];  // 0 * inf
-    const Mapping mapping = {p.plan.teacher_scale, p.plan.softcap, p.plan.teacher_bias};
-    const double x = mapping.of(value_at(t.logits, t.dtype, t.rows.start(row) + i), i);
+    const double x = of_teacher().of(teacher_row(k, row)[i], i);
     return share == 1 ? x : (1 - share) * student[i] + share * x;
   }
 
-  KD_DEVICE double standardize(double* logits, double max) const {
-    const Spread s = spread_of(logits, max);
-    return classes.write(logits, [&](int64_t i) { return (logits[i] - s.origin) / s.divisor(); });
+  KD_DEVICE Logits standardize(const Logits& logits, double* to) const {
+    const Spread s = spread_of(logits);
+    return classes.write(to, [&](int64_t i) { return (logits[i] - s.origin) / s.divisor(); });
   }
 
-  KD_DEVICE double mean_logit(int64_t row, const double* student, int64_t i) const {
+  KD_DEVICE double mean_logit(int64_t row, const Row& student, int64_t i) const {
     double sum = 0;
 #pragma unroll 1
     for (int k = 0; k < p.plan.teachers; ++k)
@@ -136,17 +149,17 @@ class Logits {
   }
 
   // T log of the mean, for a pass to divide by T.
-  KD_DEVICE double mean_of_probabilities(int64_t row, double temperature, bool standardize,
-                                         const double* student, double* to, double* other) const {
+  KD_DEVICE Logits mean_of_probabilities(int64_t row, double temperature, bool standardize,
+                                         const Row& student, double* to, double* other) const {
 #pragma unroll 1
     for (int k = 0; k < p.plan.teachers; ++k) {
-      double max =
+      Logits one =
           classes.write(other, [&](int64_t i) { return teacher_logit(k, row, student, i); });
-      if (standardize) max = this->standardize(other, max);
-      const Softmax& of_teacher = classes.softmax<2>(other, temperature, max);
+      if (standardize) one = this->standardize(one, other);
+      const Softmax& softmax = classes.softmax<2>(one, temperature);
       const double log_weight = log(p.plan.teacher[k].weight);
       classes.each([&](int64_t i) {
-        const double x = of_teacher.log(other[i]) + log_weight;
+        const double x = softmax.log(other[i]) + log_weight;
         to[i] = k == 0 ? x : log_of_two(to[i], x);
       });
     }
@@ -155,7 +168,7 @@ class Logits {
 
   // The k classes that are known; the others have no mass, or have kUnknown in their place. An
   // entry that is none, or out of range, makes the row NaN.
-  KD_DEVICE double known_classes(int64_t row, double* to) const {
+  KD_DEVICE Logits known_classes(int64_t row, double* to) const {
     const KdTopK& t = p.plan.top_k;
     const double* const values = t.values + row * t.k;
     const int64_t* const indices = t.indices + row * t.k;
@@ -172,7 +185,7 @@ class Logits {
     });
     if (classes.leads() && max != max) to[0] = NAN;
     classes.sync();
-    return max;
+    return {{to, kFloat64}, max};
   }
 
   const KdGeneralProblem& p;

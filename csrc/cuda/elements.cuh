@@ -18,6 +18,18 @@ KD_DEVICE double value_at(const void* values, KdDtype dtype, int64_t i) {
   }
 }
 
+// Numbers that lie side by side.
+struct Row {
+  const void* values;
+  KdDtype dtype;
+
+  KD_DEVICE double operator[](int64_t i) const { return value_at(values, dtype, i); }
+};
+KD_DEVICE Row row_at(const void* values, KdDtype dtype, int64_t start) {
+  const int width = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+  return {static_cast<const char*>(values) + start * width, dtype};
+}
+
 KD_DEVICE void put_value(void* values, KdDtype dtype, int64_t i, double value) {
   switch (dtype) {
     case kFloat64:

@@ -21,8 +21,7 @@ class GeneralRow {
         scales(the_scales),
         classes(the_classes),
         logits(problem, the_classes),
-        rows{scratch, scratch + problem.scratch_row, scratch + 2 * problem.scratch_row},
-        total(scratch + 3 * problem.scratch_row),
+        rows{{}, {}, scratch},
         state(block_shared<State>()) {}
 
   // Its terms, for the thread that leads, and in memory its gradient.
@@ -49,7 +48,7 @@ class GeneralRow {
   // What all threads know of the row, in the block's memory, as registers are few. One writes it.
   struct State {
     Terms terms;
-    double weight, max;     // of the sample; of rows.student
+    double weight;          // of the sample
     double of_label_alone;  // of the gradient of the label's plain cross entropy
     Spread of_student;
     // Of the pass.
@@ -63,15 +62,18 @@ class GeneralRow {
     label = has_label ? p.label(row) : 0;
     bad_label = label < 0 || label >= p.classes;
     spoilt = begun = false;
-    const double max = logits.student(row, rows.student);
-    const Spread of_student = plan.standardize ? logits.spread_of(rows.student, max) : Spread{};
+    rows.student = logits.student(row, scratch_row(1));
+    const Spread of_student = plan.standardize ? logits.spread_of(rows.student) : Spread{};
     if (classes.leads()) {
       state.terms = {0, 0, 0};
-      state.weight = weight, state.max = max, state.of_label_alone = 0;
+      state.weight = weight, state.of_label_alone = 0;
       state.of_student = of_student;
     }
     classes.sync();
   }
+
+  KD_DEVICE double* scratch_row(int k) const { return rows.v + k * p.scratch_row; }
+  KD_DEVICE double* total() const { return scratch_row(3); }  // of the passes' gradients
 
   // ---- a pass -----------------------------------------------------------------------------------
 
@@ -95,15 +97,15 @@ class GeneralRow {
     if (first.kind == kNormalized || first.kind == kWeightedSoft)
       look_at_label(first, view, base_of(pass));
     classes.sync();
-    double teacher_max = logits.teacher(row, view, state.look.teacher_temperature, standardize,
-                                        rows.student, rows.teacher, rows.v);
+    rows.teacher = logits.teacher(row, view, state.look.teacher_temperature, standardize,
+                                  rows.student, scratch_row(2), rows.v);
     double value;
     if (is_decoupled(first)) {
       value = Decoupled{first}.compare(p, classes, rows, state.look, label);
     } else {
-      if (first.kind == kWeightedSoft && state.factor != 0) add_entropy(teacher_max);
-      if (first.kind == kTeacherLabel) teacher_max = decide(rows.teacher, teacher_max);
-      value = Mixture(p, classes, logits, rows, state.look, state.max, teacher_max).compare(row);
+      if (first.kind == kWeightedSoft && state.factor != 0) add_entropy();
+      if (first.kind == kTeacherLabel) decide();
+      value = Mixture(p, classes, logits, rows, state.look).compare(row);
     }
     if (classes.leads())
       (pass.added ? state.terms.added : state.terms.soft) += state.factor * value + state.constant;
@@ -131,7 +133,7 @@ class GeneralRow {
 
   // What NKD and WSLD make of the label's cross entropies at temperature 1.
   KD_DEVICE void look_at_label(const KdTerm& term, int view, double base) {
-    logits.teacher(row, view, 1, false, rows.student, rows.teacher, rows.v);
+    rows.teacher = logits.teacher(row, view, 1, false, rows.student, scratch_row(2), rows.v);
     const double of_student = label_cross_entropy(rows.student);
     const double of_teacher = label_cross_entropy(rows.teacher);
     if (!classes.leads()) return;
@@ -144,35 +146,35 @@ class GeneralRow {
     state.constant = at_label * of_student;
   }
 
-  KD_DEVICE void add_entropy(double teacher_max) {
-    const double entropy = entropy_at(rows.teacher, state.look.teacher_temperature, teacher_max);
+  KD_DEVICE void add_entropy() {
+    const double entropy = entropy_at(rows.teacher, state.look.teacher_temperature);
     if (classes.leads()) state.constant = state.factor * entropy;
   }
 
   // The teacher's row as if its first largest class were all that it says.
-  KD_DEVICE double decide(double* teacher, double largest) const {
-    const int64_t first = classes.first_of(teacher, largest);
-    return classes.write(teacher, [&](int64_t i) {
+  KD_DEVICE void decide() {
+    const int64_t first = classes.first_largest(rows.teacher);
+    rows.teacher = classes.write(scratch_row(2), [&](int64_t i) {
       return first < 0 ? NAN : i == first ? 0 : -INFINITY;
     });
   }
 
   // -log of the label's probability at temperature 1, by its log-odds: no digit is lost where that
   // is nearly 1.
-  KD_DEVICE double label_cross_entropy(const double* of) const {
+  KD_DEVICE double label_cross_entropy(const Row& of) const {
     const Softmax& others =
         classes.softmax_of_some<1>(of, 1, [&](int64_t i) { return i != label; });
     return softplus(-others.log(of[label]));
   }
 
-  KD_DEVICE double entropy_at(const double* of, double temperature, double largest) const {
-    return entropy(classes, of, classes.softmax<2>(of, temperature, largest));
+  KD_DEVICE double entropy_at(const Logits& of, double temperature) const {
+    return entropy(classes, of, classes.softmax<2>(of, temperature));
   }
 
   // ---- gradient ---------------------------------------------------------------------------------
 
   // Of the passes so far.
-  KD_DEVICE double before(int64_t i) const { return begun ? total[i] : 0; }
+  KD_DEVICE double before(int64_t i) const { return begun ? total()[i] : 0; }
 
   // The pass's is in rows.v.
   KD_DEVICE void add_gradient(double scale, bool standardized) {
@@ -189,7 +191,7 @@ class GeneralRow {
     classes.each([&](int64_t i) {
       const double x = rows.student[i];
       const double own = along == 0 || x == -INFINITY ? 0 : along * of_student.centred(x);
-      total[i] = before(i) + scale * (rows.v[i] - own);
+      total()[i] = before(i) + scale * (rows.v[i] - own);
     });
     begun = true;
   }
@@ -203,7 +205,7 @@ class GeneralRow {
       return;
     }
     if (!wanted && state.of_label_alone == 0) return;
-    const Softmax& r = classes.softmax<1>(rows.student, 1, state.max);
+    const Softmax& r = classes.softmax<1>(rows.student, 1);
     const double epsilon = p.label_smoothing, smooth = epsilon / static_cast<double>(p.classes);
     const double w = (1 - epsilon) * (p.weight ? p.weight[label] : 1), log_sum = r.log_total();
     // Of every r: what smoothing and z-loss add to the label's share.
@@ -227,7 +229,7 @@ class GeneralRow {
       double g = (at_label + of_r) * of - (i == label ? at_label : 0);
       // r - 1 would cancel.
       if (i == label && sure) g = of_r - (at_label + of_r) * others;
-      total[i] = before(i) + g - scale * smooth * weight_of(i);
+      total()[i] = before(i) + g - scale * smooth * weight_of(i);
     });
     begun = true;
   }
@@ -238,8 +240,10 @@ class GeneralRow {
   KD_DEVICE void finish() const {
     const Mapping mapping = logits.of_student();
     const bool as_it_is = mapping.is_identity();
+    const Row source = logits.source(row);
+    classes.sync();  // what is overwritten may be the label's logit, at which all have looked
     classes.each([&](int64_t i) {
-      const double slope = as_it_is ? 1 : mapping.slope(logits.source(row, i), i);
+      const double slope = as_it_is ? 1 : mapping.slope(source[i], i);
       put_gradient(i, spoilt ? NAN : before(i) * slope);
     });
   }
@@ -250,11 +254,10 @@ class GeneralRow {
   // ---- metrics ----------------------------------------------------------------------------------
 
   KD_DEVICE void measure() const {
-    const double of_teacher = logits.mean_teacher(row, rows.student, rows.teacher, rows.v);
-    const double of_q = entropy_at(rows.student, 1, state.max);
-    const double of_p = entropy_at(rows.teacher, 1, of_teacher);
-    const int64_t guess = classes.first_of(rows.student, state.max);
-    const int64_t its_guess = classes.first_of(rows.teacher, of_teacher);
+    const Logits teacher = logits.mean_teacher(row, rows.student, scratch_row(2), rows.v);
+    const double of_q = entropy_at(rows.student, 1), of_p = entropy_at(teacher, 1);
+    const int64_t guess = classes.first_largest(rows.student);
+    const int64_t its_guess = classes.first_largest(teacher);
     if (!classes.leads()) return;
     double* const out = plan.metrics + 4 * row;
     out[0] = of_q, out[1] = of_p;
@@ -266,9 +269,8 @@ class GeneralRow {
   const KdPlan& plan;
   const KdGeneralScales& scales;
   const Classes& classes;
-  const Logits logits;
-  const Rows rows;
-  double* const total;
+  const Effective logits;
+  Rows rows;
 
   State& state;
 
