@@ -95,7 +95,7 @@ KD_DEVICE void put_terms(const KdGeneralProblem& p, int64_t i, double soft, doub
   put(p.out.hard, p.out.in_float64, i, hard);
 }
 
-KD_KERNEL(kGeneralThreads, 2) general_rows_kernel(KD_PARAMETER KdGeneralProblem p) {
+KD_KERNEL(kGeneralThreads, 2) general_kernel(KD_PARAMETER KdGeneralProblem p) {
   Block block;
   const Classes classes(p.classes, block);
   GeneralRow of_block(p, *p.scales, classes,
@@ -131,7 +131,7 @@ int resident(int threads, int device) {
   const auto found = known.find({device, threads});
   if (found != known.end()) return found->second;
   const int blocks =
-      resident_blocks(general_rows_kernel, {1, threads, 1, 0}, device_limits(device));
+      resident_blocks(general_kernel, {1, threads, 1, 0}, device_limits(device));
   if (blocks == 0) throw std::runtime_error("CUDA: no block of the kernel fits this GPU");
   return known[{device, threads}] = blocks;
 }
@@ -165,6 +165,6 @@ void kd_general_run(KdGeneralProblem& p, int device, void* stream, void* workspa
   p.scales = reinterpret_cast<KdGeneralScales*>(p.terms + rounded_up(3 * p.rows));
   const Launch alone = {1, kGeneralThreads, 1, 0};
   launch(general_scales_kernel, alone, stream, p);
-  if (p.rows > 0) launch(general_rows_kernel, shape, stream, p);
+  if (p.rows > 0) launch(general_kernel, shape, stream, p);
   if (p.out.reduction != kNone) launch(general_sums_kernel, alone, stream, p);
 }
