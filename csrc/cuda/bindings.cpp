@@ -10,12 +10,13 @@
 namespace {
 
 // `plan`: null for the kernels of the forward KL alone; with one, `teacher` is not looked at.
-void run(const Plan* plan, double z_loss, uintptr_t student, uintptr_t teacher, uintptr_t labels, uintptr_t weight, uintptr_t grad,
-         uintptr_t loss, uintptr_t soft, uintptr_t hard, uintptr_t grad_scale, uintptr_t workspace,
-         const Rows& student_rows, const Rows& teacher_rows, const Rows& grad_rows, int64_t rows,
-         int64_t classes, int student_dtype, int teacher_dtype, bool labels_are_int64,
-         double temperature, double alpha, int64_t ignore_index, double label_smoothing,
-         int reduction, bool distill_ignored, int device, uintptr_t stream) {
+void run(const Plan* plan, double z_loss, uintptr_t student, uintptr_t teacher, uintptr_t labels,
+         uintptr_t weight, uintptr_t grad, uintptr_t loss, uintptr_t soft, uintptr_t hard,
+         uintptr_t grad_scale, uintptr_t workspace, const Rows& student_rows,
+         const Rows& teacher_rows, const Rows& grad_rows, int64_t rows, int64_t classes,
+         int student_dtype, int teacher_dtype, bool labels_are_int64, double temperature,
+         double alpha, int64_t ignore_index, double label_smoothing, int reduction,
+         bool distill_ignored, int device, uintptr_t stream) {
   KdCudaProblem p = {};
   p.z_loss = z_loss;
   p.student = pointer<const void>(student);

@@ -63,7 +63,10 @@ class Mixture {
       value += term.weight * value_of_term(add(begun));
       begun = true;
     }
-    if (!begun) classes.each([&](int64_t i) { rows.v[i] = 0; });
+    if (!begun) {
+      classes.each([&](int64_t i) { rows.v[i] = 0; });
+      return 0;
+    }
     if (p.grad) differentiate();
     if (!(of_q.sum > 0) || (!tail && !(of_p.sum > 0))) return NAN;  // no distribution
     return value;

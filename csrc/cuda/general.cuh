@@ -80,6 +80,12 @@ class GeneralRow {
   KD_DEVICE static bool is_decoupled(const KdTerm& t) {
     return t.kind == kDecoupled || t.kind == kNormalized;
   }
+  // Of a term that has the pass for itself; of a mixture each has its own.
+  KD_DEVICE double weight_of(const KdTerm& t) const {
+    if (!is_decoupled(t) && t.kind != kWeightedSoft && t.kind != kTeacherLabel) return 1;
+    return t.row_weight ? t.row_weight[row] : t.weight;
+  }
+  // Of the gradients of its passes.
   KD_DEVICE double base_of(const KdPass& pass) const {
     return pass.added ? scales.added_scale : scales.plan_scale;
   }
@@ -91,6 +97,7 @@ class GeneralRow {
       spoilt = spoilt || base_of(pass) != 0;
       return;
     }
+    if (weight_of(first) == 0) return;  // a term of weight zero is no part of the loss
     const bool standardize = plan.standardize && !pass.added;
     classes.sync();  // the pass before is done
     if (classes.leads()) look_at(pass, logits.weight_of(view));
@@ -126,8 +133,7 @@ class GeneralRow {
                   same ? nominal : pass.teacher_temperature};
     state.square = plan.scale_by_t2 && !pass.added ? nominal * nominal : 1;
     state.factor = state.square * pass.weight * share * state.weight;
-    if (forward || is_decoupled(first))  // of a mixture each term has its own
-      state.factor *= first.row_weight ? first.row_weight[row] : first.weight;
+    state.factor *= weight_of(first);
     state.constant = 0;
   }
 
@@ -206,35 +212,43 @@ class GeneralRow {
     }
     if (!wanted && state.of_label_alone == 0) return;
     const Softmax& r = classes.softmax<1>(rows.student, 1);
-    const double epsilon = p.label_smoothing, smooth = epsilon / static_cast<double>(p.classes);
-    const double w = (1 - epsilon) * (p.weight ? p.weight[label] : 1), log_sum = r.log_total();
-    // Of every r: what smoothing and z-loss add to the label's share.
-    const double more = smooth * scales.weight_sum + 2 * p.z_loss * log_sum;
     if (wanted) {
-      double loss = w * (log_sum - rows.student[label]) + p.z_loss * log_sum * log_sum;
-      if (epsilon > 0)
-        loss += smooth * (scales.weight_sum * log_sum -
-                          classes.sum([&](int64_t i) { return weight_of(i) * rows.student[i]; }));
+      const double loss = hard_loss(r.log_total());
       if (classes.leads()) state.terms.hard = state.weight * loss;
     }
     const double scale = wanted && p.alpha != 1 ? state.weight * scales.hard_scale : 0;
-    if (!p.grad || (scale == 0 && state.of_label_alone == 0)) return;
-    const double at_label = scale * w + state.of_label_alone, of_r = scale * more;
+    if (p.grad && (scale != 0 || state.of_label_alone != 0)) add_hard_gradient(r, scale);
+  }
+
+  KD_DEVICE double smooth() const { return p.label_smoothing / static_cast<double>(p.classes); }
+  KD_DEVICE double share_of_label() const { return (1 - p.label_smoothing) * class_weight(label); }
+  KD_DEVICE double class_weight(int64_t i) const { return p.weight ? p.weight[i] : 1; }
+
+  KD_DEVICE double hard_loss(double log_sum) const {
+    const double loss =
+        share_of_label() * (log_sum - rows.student[label]) + p.z_loss * log_sum * log_sum;
+    if (!(p.label_smoothing > 0)) return loss;
+    const double smoothed =
+        classes.sum([&](int64_t i) { return class_weight(i) * rows.student[i]; });
+    return loss + smooth() * (scales.weight_sum * log_sum - smoothed);
+  }
+
+  KD_DEVICE void add_hard_gradient(const Softmax& r, double scale) {
+    const double at_label = scale * share_of_label() + state.of_label_alone;
+    // Of every r: what smoothing and z-loss add to the label's share.
+    const double more = scale * (smooth() * scales.weight_sum + 2 * p.z_loss * r.log_total());
+    const double smoothed = scale * smooth();
     const bool sure = r.is_sure() && rows.student[label] == r.max;
     double others = 0;  // than the label
     if (sure)
       others = classes.sum([&](int64_t i) { return i == label ? 0 : exp(r.log(rows.student[i])); });
     classes.each([&](int64_t i) {
-      const double x = rows.student[i], of = exp(r.log(x));
-      double g = (at_label + of_r) * of - (i == label ? at_label : 0);
-      // r - 1 would cancel.
-      if (i == label && sure) g = of_r - (at_label + of_r) * others;
-      total()[i] = before(i) + g - scale * smooth * weight_of(i);
+      double g = (at_label + more) * exp(r.log(rows.student[i]));
+      if (i == label) g = sure ? more - (at_label + more) * others : g - at_label;  // r - 1 cancels
+      total()[i] = before(i) + g - smoothed * class_weight(i);
     });
     begun = true;
   }
-
-  KD_DEVICE double weight_of(int64_t i) const { return p.weight ? p.weight[i] : 1; }
 
   // Of the logits as they came: in place they are read for the last time.
   KD_DEVICE void finish() const {
@@ -271,7 +285,6 @@ class GeneralRow {
   const Classes& classes;
   const Effective logits;
   Rows rows;
-
   State& state;
 
   // Of the row at hand.
