@@ -366,6 +366,18 @@ def test_a_known_class_that_is_none_makes_its_row_nan(on, tail, monkeypatch):
     assert torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
 
 
+@pytest.mark.parametrize("name", ["hard", "nkd", "wsld"])
+def test_a_term_of_weight_zero_is_no_part_of_a_row(on, name):
+    on(H100)
+    s, t, y = inputs(3, 7)
+    t[0, 3] = NAN
+    mixture = {"forward_kl": 0.0, name: torch.tensor([0.0, 1.0, 2.0])}
+    loss, soft, _, grad = value_and_grad(s, t, y, divergence=mixture, reduction="none")
+    assert soft[0] == 0
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(grad).all()
+
+
 @pytest.mark.parametrize("classes", [10, 1500])
 def test_a_row_has_the_same_bits_wherever_it_is(on, classes):
     """Whichever block has it, and whether its gradient is asked for."""
@@ -419,20 +431,27 @@ def test_any_two_dtypes(on, student_dtype, teacher_dtype):
 def test_cuda_then_triton_then_the_reference_with_one_warning(monkeypatch):
     class Other:
         device_types = ("cuda",)
+        features = None
 
         def __init__(self, name, reason):
-            self.name, self.reason, self.features = name, reason, None
+            self.name, self.reason = name, reason
 
         def why_not(self, device, student_dtype, teacher_dtype):
             return self.reason
 
-    def choose(cuda, triton):
-        monkeypatch.setitem(backends.BACKENDS, "cuda", Other("cuda", cuda))
-        monkeypatch.setitem(backends.BACKENDS, "triton", Other("triton", triton))
+    def choose(cuda, triton, *features):
+        for name, reason in (("cuda", cuda), ("triton", triton)):
+            other = Other(name, reason)
+            other.specialised = {"cuda": frozenset(), "triton": frozenset({"some"})}[name]
+            monkeypatch.setitem(backends.BACKENDS, name, other)
         backends.select.cache_clear()
-        return backends.select(None, torch.device("cuda", 0), torch.float32, torch.float32).name
+        kinds = torch.device("cuda", 0), torch.float32, torch.float32
+        return backends.select(None, *kinds, frozenset(features)).name
 
     assert choose(None, None) == "cuda"
+    assert choose(None, None, "some") == "triton"  # which has a kernel made for it
+    assert choose(None, "no driver", "some") == "cuda"
+    assert choose(None, None, "some", "others") == "cuda"
     assert choose("not built", None) == "triton"  # and no warning, which would be an error here
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -106,6 +106,7 @@ class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
     features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = None
 
     def unavailable(self) -> str | None:
         return None if _cpu is not None else why_not_built("cpu", _import_error)

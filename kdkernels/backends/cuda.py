@@ -40,16 +40,17 @@ def _is_special(options: Options) -> bool:
     return bool(options.features)
 
 
-def _needs_general(student: Tensor, teacher: Teacher, options: Options, tensors: PerRow) -> bool:
-    if tensors or not isinstance(teacher, Tensor) or _is_special(options):
-        return True
-    return student.dtype != teacher.dtype and torch.float64 in (student.dtype, teacher.dtype)
+def _one_look(student: Tensor, teacher: Tensor, options: Options, tensors: PerRow) -> bool:
+    """Whether the kernels of the forward KL serve it."""
+    mixed = student.dtype != teacher.dtype and torch.float64 in (student.dtype, teacher.dtype)
+    return not tensors and not mixed and not _is_special(options)
 
 
 class CUDABackend:
     name = "cuda"
     device_types: tuple[str, ...] = ("cuda",)
     features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = frozenset()
     module: Any = _cuda
 
     def unavailable(self) -> str | None:
@@ -107,10 +108,10 @@ class CUDABackend:
         rows = student.shape[:-1].numel()
         source, student_rows = laid_out(student)
         plan, of_teacher, teacher_rows = None, source, student_rows
-        if _needs_general(student, teacher, options, tensors):
-            plan = plan_of(self.module, student, teacher, options, tensors)
-        else:
+        if isinstance(teacher, Tensor) and _one_look(student, teacher, options, tensors):
             of_teacher, teacher_rows = laid_out(teacher)
+        else:
+            plan = plan_of(self.module, student, teacher, options, tensors)
         if labels is not None:
             if os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
                 check_labels(labels, classes, ignore_index)

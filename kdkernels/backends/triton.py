@@ -138,6 +138,7 @@ class TritonBackend:
     name = "triton"
     device_types: tuple[str, ...] = DEVICE_TYPES
     features: frozenset[str] | None = FEATURES
+    specialised: frozenset[str] | None = FEATURES
 
     def unavailable(self) -> str | None:
         return _why_no_device()
