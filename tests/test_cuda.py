@@ -366,6 +366,20 @@ def test_a_known_class_that_is_none_makes_its_row_nan(on, tail, monkeypatch):
     assert torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
 
 
+@pytest.mark.parametrize("margin", [20.0, 40.0])
+@pytest.mark.parametrize("name", ["jsd", "reverse_kl", "hard", "nkd", "dkd", "wsld"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_entry_of_a_class_that_is_all_there_is(on, margin, name, alpha):
+    """q - 1 is 0 there, or has few digits; but the entries of a row's gradient add up to 0."""
+    on(A100)
+    s, t, y = inputs(4, 30)
+    s[torch.arange(4), torch.where(torch.arange(4) < 2, y, (y + 1) % 30)] += margin
+    t[0, y[0]] += margin + 1
+    options = {"divergence": name, "alpha": alpha, "temperature": 1.0, "reduction": "none"}
+    grad = value_and_grad(s, t, y, **options)[3].double()
+    assert (grad.sum(-1).abs() <= 2e-7 * grad.norm(dim=-1)).all()
+
+
 @pytest.mark.parametrize("name", ["hard", "nkd", "wsld"])
 def test_a_term_of_weight_zero_is_no_part_of_a_row(on, name):
     on(H100)
@@ -456,7 +470,7 @@ def test_cuda_then_triton_then_the_reference_with_one_warning(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert choose("not built", "no driver") == "reference"
-        backends.select(None, torch.device("cuda", 0), torch.float32, torch.float32)
+        backends.select(None, torch.device("cuda", 0), *[torch.float32] * 2, frozenset())
     assert len(caught) == 1
     assert re.search("not built.*no driver", str(caught[0].message))
     backends.select.cache_clear()
