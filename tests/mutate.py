@@ -173,8 +173,10 @@ FAULTS = [
     ("csrc/cpu/decoupled.inl", "q.is > 0.5 ? of_p.is_not - q.is_not :", ""),
     ("csrc/cpu/decoupled.inl", "(k * beta - job.more) / sums", "k * beta / sums"),
     ("csrc/cpu/decoupled.inl", "soft - job.more / job.sums.student", "soft"),
-    ("csrc/cpu/decoupled.inl", "if (sums.masked && rest == rest) rest = INFINITY;", ""),
+    ("csrc/cpu/decoupled.inl", "(sums.masked && rest == rest) || apart", "apart"),
     ("csrc/cpu/decoupled.inl", "(fabs(alpha) + fabs(beta))", "1"),
+    ("csrc/cpu/decoupled.inl", "beta = sums.teacher == 0 ? 0 :", "beta ="),
+    ("csrc/cpu/decoupled.inl", " || apart)", ")"),
     ("csrc/cpu/sweeps.inl", "  copy[hole] = NAN;", ""),
     # Label smoothing.
     ("csrc/row_math.inl", "smooth * (scales.weight_sum * (lse", "(scales.weight_sum * (lse"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import assert_close, assert_same_bits, value_and_grad
 from cuda_on_cpu import CUDAOnCPU, build, load
 from oracle import oracle
@@ -355,13 +356,13 @@ def test_a_bad_label_makes_its_row_nan_whatever_is_asked_for(on, name):
 def test_a_known_class_that_is_none_makes_its_row_nan(on, tail, monkeypatch):
     """On a GPU nobody has looked at the indices."""
     on(H100)
-    monkeypatch.setattr("kdkernels.checks._check_indices", lambda *_: None)
-    s, t, y = inputs(4, 40)
+    s, t, y = inputs(5, 40)
     teacher = TopKTeacher.from_logits(t, 5, tail, 4.0)
     teacher.indices[0, 2], teacher.indices[1, 0] = 40, -1
-    teacher.values[2, 1] = NAN
+    teacher.values[2, 1], teacher.values[3, 1] = NAN, INF
+    monkeypatch.setattr("kdkernels.checks._check_top_k", lambda *_: None)
     loss, _, _, grad = value_and_grad(s, teacher, y, reduction="none")
-    bad = torch.tensor([True, True, True, False])
+    bad = torch.tensor([True, True, True, True, False])
     assert torch.equal(loss.isnan(), bad)
     assert torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
 
@@ -378,6 +379,33 @@ def test_the_entry_of_a_class_that_is_all_there_is(on, margin, name, alpha):
     options = {"divergence": name, "alpha": alpha, "temperature": 1.0, "reduction": "none"}
     grad = value_and_grad(s, t, y, **options)[3].double()
     assert (grad.sum(-1).abs() <= 2e-7 * grad.norm(dim=-1)).all()
+
+
+def test_the_entries_of_a_bucket_that_is_all_there_is(on):
+    """Of what is known there is next to nothing, and the others' df/dq is nearly the mean."""
+    on(A100)
+    s, t, y = inputs(4, 30)
+    s[:, :3], t[:, :3] = s[:, :3] - 35, t[:, :3] - 35
+    indices = torch.arange(3).expand(4, 3)
+    teacher = TopKTeacher(F.log_softmax(t.double(), -1)[:, :3], indices, "bucket")
+    for name in ("forward_kl", "reverse_kl", "jsd"):
+        options = {"divergence": name, "alpha": 1.0, "temperature": 1.0, "reduction": "none"}
+        grad = value_and_grad(s, teacher, y, **options)[3].double()
+        assert (grad.sum(-1).abs() <= 2e-7 * grad.norm(dim=-1)).all()
+
+
+def test_a_tail_that_is_left_out_of_an_alpha_divergence(on):
+    """Neither distribution adds up to 1 then."""
+    on(H100)
+    s, t, y = inputs(3, 20)
+    teacher = TopKTeacher.from_logits(t.double(), 4, "zero", 4.0)
+    options = {"divergence": "alpha", "alpha": 1.0, "reduction": "none"}
+    loss, _, _, grad = value_and_grad(s, teacher, y, **options)
+    x = s.double().requires_grad_()
+    expected = kd_loss(x, teacher, y, backend="reference", **options)
+    expected.sum().backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert_close(grad, x.grad)
 
 
 @pytest.mark.parametrize("name", ["hard", "nkd", "wsld"])
@@ -410,8 +438,8 @@ def test_a_row_has_the_same_bits_wherever_it_is(on, classes):
 def test_float16_holds_gradients_of_rows_that_count_much(on, weights):
     """The power of two that its gradient is kept with knows of the largest of them."""
     on(H100)
-    s, t, y = inputs(4, 30, dtype=torch.float16)
-    options = {"divergence": "jsd"}
+    s, t, y = inputs(4, 30, 9e3 if weights == "temperature" else 3.0, torch.float16)
+    options = {"divergence": "jsd", "reduction": "sum"}
     large = torch.tensor([1.0, 3e4, 2.0, 0.5])
     if weights == "jsd":
         options["divergence"] = {"jsd": large}

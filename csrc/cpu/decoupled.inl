@@ -16,10 +16,12 @@ void conclude_decoupled(const KdProblem& p, Job<Real>& job) {
   const double more = q.is > 0.5 ? of_p.is_not - q.is_not : q.is - of_p.is;
   double target = divergence_of(of_p.is, of_p.log_is, q.log_is) +
                   divergence_of(of_p.is_not, of_p.log_is_not, q.log_is_not);
-  double rest = sums.teacher > 0 ? divergence(p, sums) / p.soft_factor : 0;
-  if (sums.masked && rest == rest) rest = INFINITY;
+  double rest = sums.teacher == 0 ? 0 : divergence(p, sums) / p.soft_factor;
+  const bool apart = sums.student == 0 && sums.teacher > 0;
+  if ((sums.masked && rest == rest) || apart) rest = INFINITY;
   if (target < 0) target = 0;  // rounding
-  const double alpha = term.parameter, beta = term.second;
+  // Where the teacher has nothing but the label, all else has no part in it.
+  const double alpha = term.parameter, beta = sums.teacher == 0 ? 0 : term.second;
   job.good = kAll;
   job.f = {};
   if (p.want_soft) {
