@@ -375,7 +375,7 @@ def test_the_entry_of_a_class_that_is_all_there_is(on, margin, name, alpha):
     on(A100)
     s, t, y = inputs(4, 30)
     s[torch.arange(4), torch.where(torch.arange(4) < 2, y, (y + 1) % 30)] += margin
-    t[0, y[0]] += margin + 1
+    t[[0, 3], torch.stack((y[0], (y[3] + 1) % 30))] += margin + 1
     options = {"divergence": name, "alpha": alpha, "temperature": 1.0, "reduction": "none"}
     grad = value_and_grad(s, t, y, **options)[3].double()
     assert (grad.sum(-1).abs() <= 2e-7 * grad.norm(dim=-1)).all()
