@@ -101,11 +101,15 @@ class GeneralRow {
     const bool standardize = plan.standardize && !pass.added;
     classes.sync();  // the pass before is done
     if (classes.leads()) look_at(pass, logits.weight_of(view));
-    if (first.kind == kNormalized || first.kind == kWeightedSoft)
-      look_at_label(first, view, base_of(pass));
     classes.sync();
-    rows.teacher = logits.teacher(row, view, state.look.teacher_temperature, standardize,
-                                  rows.student, scratch_row(2), rows.v);
+    // NKD and WSLD look at the label at temperature 1 before. One call, as it is much code.
+    const bool at_one = first.kind == kNormalized || first.kind == kWeightedSoft;
+#pragma unroll 1
+    for (int step = at_one ? 0 : 1; step < 2; ++step) {
+      rows.teacher = logits.teacher(row, view, step == 0 ? 1 : state.look.teacher_temperature,
+                                    step == 1 && standardize, rows.student, scratch_row(2), rows.v);
+      if (step == 0) look_at_label(first, base_of(pass));
+    }
     double value;
     if (is_decoupled(first)) {
       value = Decoupled{first}.compare(p, classes, rows, state.look, label);
@@ -138,8 +142,7 @@ class GeneralRow {
   }
 
   // What NKD and WSLD make of the label's cross entropies at temperature 1.
-  KD_DEVICE void look_at_label(const KdTerm& term, int view, double base) {
-    rows.teacher = logits.teacher(row, view, 1, false, rows.student, scratch_row(2), rows.v);
+  KD_DEVICE void look_at_label(const KdTerm& term, double base) {
     const double of_student = label_cross_entropy(rows.student);
     const double of_teacher = label_cross_entropy(rows.teacher);
     if (!classes.leads()) return;
