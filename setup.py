@@ -48,7 +48,14 @@ CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra "
     "-Wno-psabi -Wno-unknown-pragmas"
 )
-CUDA_SOURCES = ["rows_bf16.cu", "rows_f16.cu", "rows_f32.cu", "rows_f64.cu", "run.cu"]
+CUDA_SOURCES = [
+    "rows_bf16.cu",
+    "rows_f16.cu",
+    "rows_f32.cu",
+    "rows_f64.cu",
+    "general.cu",
+    "run.cu",
+]
 # No contraction: a*x - b*y has to be 0 where both products are the same.
 NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden --cudart=static"
 

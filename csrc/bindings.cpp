@@ -15,20 +15,12 @@
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/run.h"
+#include "plan_bindings.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 
 namespace {
-
-typedef std::tuple<int64_t, int64_t, int64_t> Rows;
-
-KdRows rows_of(const Rows& r) { return {std::get<0>(r), std::get<1>(r), std::get<2>(r)}; }
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // What does not change from call to call.
 struct Options {
@@ -71,64 +63,6 @@ struct Options {
     p.terms = static_cast<int>(terms.size());
     std::copy(terms.begin(), terms.end(), p.term);
     return p;
-  }
-};
-
-// A divergence of a mixture: kind, weight, parameter, second, and per row the addresses of weights
-// and parameters, or 0.
-typedef std::tuple<int, double, double, double, uintptr_t, uintptr_t> TermOf;
-
-// What a call asks for that is more than one divergence of the logits as they are.
-struct Plan : KdPlan {
-  Plan() : KdPlan{} { student_scale = teacher_scale = teacher_share = 1; }
-
-  void add_pass(double temperature, double teacher_temperature, double weight, bool added,
-                const std::vector<TermOf>& mixture) {
-    if (passes == kMaxPasses || mixture.size() > kMaxTerms || mixture.empty())
-      throw std::invalid_argument("too many temperatures or divergences");
-    KdPass& to = pass[passes++];
-    to = {temperature, teacher_temperature, weight, added, 0, {}};
-    for (const auto& [kind, share, parameter, second, weights, parameters] : mixture)
-      to.term[to.terms++] = {static_cast<KdDivergence>(kind),
-                             share,
-                             parameter,
-                             second,
-                             pointer<const double>(weights),
-                             pointer<const double>(parameters)};
-  }
-
-  void add_teacher(uintptr_t logits, int dtype, const Rows& rows, double weight) {
-    if (teachers == kMaxTeachers) throw std::invalid_argument("too many teachers");
-    teacher[teachers++] = {pointer<const void>(logits), static_cast<KdDtype>(dtype), rows_of(rows),
-                           weight};
-  }
-
-  void set_logits(double softcap, double student_scale, double teacher_scale,
-                  uintptr_t student_bias, uintptr_t teacher_bias, double teacher_share) {
-    this->softcap = softcap;
-    this->student_scale = student_scale;
-    this->teacher_scale = teacher_scale;
-    this->student_bias = pointer<const double>(student_bias);
-    this->teacher_bias = pointer<const double>(teacher_bias);
-    this->teacher_share = teacher_share;
-  }
-
-  void set_rows(uintptr_t temperature, uintptr_t sample_weight, uintptr_t metrics) {
-    row_temperature = pointer<const double>(temperature);
-    this->sample_weight = pointer<const double>(sample_weight);
-    this->metrics = pointer<double>(metrics);
-  }
-
-  void set_top_k(uintptr_t values, uintptr_t indices, int64_t k, int tail) {
-    top_k = {pointer<const double>(values), pointer<const int64_t>(indices), k,
-             static_cast<KdTail>(tail)};
-  }
-
-  void set_switches(bool standardize, bool scale_by_t2, bool sum_added, int ensemble) {
-    this->standardize = standardize;
-    this->sum_added = sum_added;
-    this->scale_by_t2 = scale_by_t2;
-    this->ensemble = static_cast<KdEnsemble>(ensemble);
   }
 };
 
@@ -252,14 +186,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Options>(m, "Options")
       .def(py::init<double, double, int64_t, double, int, bool, double, double,
                     const std::vector<std::tuple<int, double, double, double>>&>());
-  py::class_<Plan>(m, "Plan")
-      .def(py::init<>())
-      .def("add_pass", &Plan::add_pass)
-      .def("add_teacher", &Plan::add_teacher)
-      .def("set_logits", &Plan::set_logits)
-      .def("set_rows", &Plan::set_rows)
-      .def("set_top_k", &Plan::set_top_k)
-      .def("set_switches", &Plan::set_switches);
+  bind_plan(m);
   m.def("run", &run_laid_out);
   m.def("use_tensors", [](const py::capsule& table, const std::vector<py::type>& types) {
     tensors().use(table, types);

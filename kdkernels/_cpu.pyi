@@ -23,13 +23,15 @@ class Options:
 class Plan:
     """What a row takes more than one look for; only kdkernels/backends/plan.py fills one in."""
 
+    def add_terms(self, mixture: list[tuple[int, float, float, float, int, int]]) -> int: ...
     def add_pass(
         self,
         temperature: float,
         teacher_temperature: float,
         weight: float,
         added: bool,
-        mixture: list[tuple[int, float, float, float, int, int]],
+        first: int,
+        terms: int,
     ) -> None: ...
     def add_teacher(self, logits: int, dtype: int, rows: _Rows, weight: float) -> None: ...
     def set_logits(

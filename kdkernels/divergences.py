@@ -229,7 +229,7 @@ class Divergence(NamedTuple):
     """A row of the table: what is known of a divergence beside its name."""
 
     rows: Callable[..., Tensor]  # (log_p, log_q, parameter), or as `labelled` says
-    code: int  # KdDivergence of csrc/cpu/problem.h
+    code: int  # KdDivergence of csrc/plan.h
     option: str | None = None  # the option that is its parameter
     second: str | None = None  # and its other one
     labelled: bool = False  # rows is (log_p, log_q, parameter, second, Row)

@@ -14,7 +14,10 @@ import pybind11
 from kdkernels.backends.cuda import CUDABackend
 
 ROOT = Path(__file__).parent.parent
-UNITS = ["rows_f32.cu", "rows_bf16.cu", "rows_f16.cu", "rows_f64.cu", "run.cu", "bindings.cpp"]
+UNITS = [
+    "general.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu", "rows_f64.cu", "run.cu",
+    "bindings.cpp",
+]  # fmt: skip
 # No contraction, as nvcc is told; -O1: the tests run a few rows, and compiling takes longer.
 FLAGS = [
     "-std=c++17", "-O1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off",

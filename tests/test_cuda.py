@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import assert_close, assert_same_bits, value_and_grad
 from cuda_on_cpu import CUDAOnCPU, build, load
 from oracle import oracle
 from test_numerics import GRAD_BOUND, check, inputs
 
-from kdkernels import _cpu, backends, kd_loss
+from kdkernels import TopKTeacher, _cpu, backends, kd_loss
 from kdkernels.backends.cuda import CUDABackend
 
 TESTS = Path(__file__).parent
@@ -60,26 +61,54 @@ def on(module_path, monkeypatch):
 # ---- what they compute --------------------------------------------------------------------------
 
 
-def test_all_that_is_asked_of_the_cpu_kernel_holds(module_path):
-    """Every size to 262,144, temperature, dtype and special value of these two files."""
-    of_the_cpu = "too_large_for_the_caches or instruction_set"
-    left_out = {H100: of_the_cpu, SMALL_WITH_CLUSTERS: f"{of_the_cpu} or vocabulary_sizes"}
-    files = [str(TESTS / name) for name in ("test_numerics.py", "test_special_values.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+def ask_the_cpus_tests(module_path, questions):
+    """Runs test files on the CUDA kernels: (device, what is left out, file names) each."""
 
-    def ask(device):
+    def ask(question):
+        device, left_out, files = question
         environment = os.environ | {
             "KD_CUDA_MODULE": str(module_path),
             "KD_CUDA_DEVICE": str(device),
+            "KDKERNELS_CHECK_LABELS": "1",  # as the CPU does
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         }
-        chosen = ["-p", "cuda_as_cpu", "-k", f"not ({left_out[device]})", *files]
-        return subprocess.run([*command, *chosen], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-p", "cuda_as_cpu", "-k", f"not ({left_out})", *(TESTS / f for f in files)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     with ThreadPoolExecutor() as pool:
-        for done in pool.map(ask, left_out):
+        for done in pool.map(ask, questions):
             assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_all_that_is_asked_of_the_cpu_kernel_holds(module_path):
+    """Every size to 262,144, temperature, dtype and special value of these two files."""
+    of_the_cpu = "too_large_for_the_caches or instruction_set"
+    files = ["test_numerics.py", "test_special_values.py"]
+    vocabulary = f"{of_the_cpu} or vocabulary_sizes"
+    ask_the_cpus_tests(
+        module_path, [(H100, of_the_cpu, files), (SMALL_WITH_CLUSTERS, vocabulary, files)]
+    )
+
+
+def test_whatever_else_is_asked_of_the_cpu_kernel_holds(module_path):
+    """Every objective, teacher and option, by the general kernel, in rows that need not be long:
+    all threads of a block share a row from 1,025 classes on."""
+    long = "2049 or 5000 or 1000 or 3000 or many_blocks"
+    of_others = "reference or named or wrong or disk or says or do_not_lift or derivative"
+    left_out = f"{long} or {of_others} or learnable or value_and_gradient[1.0"
+    ask_the_cpus_tests(
+        module_path,
+        [
+            (SMALL_WITH_CLUSTERS, left_out, ["test_objectives.py", "test_teachers.py"]),
+            (
+                A100,
+                f"{left_out} or change_no_bit",
+                ["test_divergences.py", "test_dkd.py"],
+            ),
+        ],
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -304,31 +333,172 @@ def test_an_incoming_gradient_with_a_lazy_minus_sign(on, reduction):
     assert torch.equal(*grads)
 
 
+# ---- the general kernel -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["jsd", "dkd", "nkd", "wsld"])
+def test_a_bad_label_makes_its_row_nan_whatever_is_asked_for(on, name):
+    on(H100)
+    s, t, y = inputs(4, 40)
+    y[1], y[2] = 40, -7
+    bad = torch.tensor([False, True, True, False])
+    options = {"divergence": name, "reduction": "none"}
+    loss, _, _, grad = value_and_grad(s, t, y, **options)
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
+    soft_only = value_and_grad(s, t, y, alpha=1.0, **options)
+    needed = bad & (name != "jsd")
+    assert torch.equal(soft_only[0].isnan(), needed)
+    assert torch.equal(soft_only[3].isnan(), needed[:, None].expand_as(grad))
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket", "zero"])
+def test_a_known_class_that_is_none_makes_its_row_nan(on, tail, monkeypatch):
+    """On a GPU nobody has looked at the indices."""
+    on(H100)
+    s, t, y = inputs(5, 40)
+    teacher = TopKTeacher.from_logits(t, 5, tail, 4.0)
+    teacher.indices[0, 2], teacher.indices[1, 0] = 40, -1
+    teacher.values[2, 1], teacher.values[3, 1] = NAN, INF
+    monkeypatch.setattr("kdkernels.checks._check_top_k", lambda *_: None)
+    loss, _, _, grad = value_and_grad(s, teacher, y, reduction="none")
+    bad = torch.tensor([True, True, True, True, False])
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
+
+
+@pytest.mark.parametrize("margin", [20.0, 40.0])
+@pytest.mark.parametrize("name", ["jsd", "reverse_kl", "hard", "nkd", "dkd", "wsld"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_entry_of_a_class_that_is_all_there_is(on, margin, name, alpha):
+    """q - 1 is 0 there, or has few digits; but the entries of a row's gradient add up to 0."""
+    on(A100)
+    s, t, y = inputs(4, 30)
+    s[torch.arange(4), torch.where(torch.arange(4) < 2, y, (y + 1) % 30)] += margin
+    t[[0, 3], torch.stack((y[0], (y[3] + 1) % 30))] += margin + 1
+    options = {"divergence": name, "alpha": alpha, "temperature": 1.0, "reduction": "none"}
+    grad = value_and_grad(s, t, y, **options)[3].double()
+    assert (grad.sum(-1).abs() <= 2e-7 * grad.norm(dim=-1)).all()
+
+
+def test_the_entries_of_a_bucket_that_is_all_there_is(on):
+    """Of what is known there is next to nothing, and the others' df/dq is nearly the mean."""
+    on(A100)
+    s, t, y = inputs(4, 30)
+    s[:, :3], t[:, :3] = s[:, :3] - 35, t[:, :3] - 35
+    indices = torch.arange(3).expand(4, 3)
+    teacher = TopKTeacher(F.log_softmax(t.double(), -1)[:, :3], indices, "bucket")
+    for name in ("forward_kl", "reverse_kl", "jsd"):
+        options = {"divergence": name, "alpha": 1.0, "temperature": 1.0, "reduction": "none"}
+        grad = value_and_grad(s, teacher, y, **options)[3].double()
+        assert (grad.sum(-1).abs() <= 2e-7 * grad.norm(dim=-1)).all()
+
+
+def test_a_tail_that_is_left_out_of_an_alpha_divergence(on):
+    """Neither distribution adds up to 1 then."""
+    on(H100)
+    s, t, y = inputs(3, 20)
+    teacher = TopKTeacher.from_logits(t.double(), 4, "zero", 4.0)
+    options = {"divergence": "alpha", "alpha": 1.0, "reduction": "none"}
+    loss, _, _, grad = value_and_grad(s, teacher, y, **options)
+    x = s.double().requires_grad_()
+    expected = kd_loss(x, teacher, y, backend="reference", **options)
+    expected.sum().backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert_close(grad, x.grad)
+
+
+@pytest.mark.parametrize("name", ["hard", "nkd", "wsld"])
+def test_a_term_of_weight_zero_is_no_part_of_a_row(on, name):
+    on(H100)
+    s, t, y = inputs(3, 7)
+    t[0, 3] = NAN
+    mixture = {"forward_kl": 0.0, name: torch.tensor([0.0, 1.0, 2.0])}
+    loss, soft, _, grad = value_and_grad(s, t, y, divergence=mixture, reduction="none")
+    assert soft[0] == 0
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("classes", [10, 1500])
+def test_a_row_has_the_same_bits_wherever_it_is(on, classes):
+    """Whichever block has it, and whether its gradient is asked for."""
+    s, t, y = inputs(5, classes)
+    options = {"divergence": "jsd", "standardize": True, "reduction": "none"}
+    on(A100)
+    loss, _, _, grad = value_and_grad(s, t, y, **options)
+    on(SMALL_WITH_CLUSTERS)
+    assert torch.equal(kd_loss(s, t, y, backend="cuda", **options), loss)
+    for i in (1, 4):
+        one = value_and_grad(s[i : i + 1], t[i : i + 1], y[i : i + 1], **options)
+        assert_same_bits((one[0][0], one[3][0]), (loss[i], grad[i]))
+
+
+@pytest.mark.parametrize("weights", ["sample_weight", "jsd", "temperature", "weight"])
+def test_float16_holds_gradients_of_rows_that_count_much(on, weights):
+    """The power of two that its gradient is kept with knows of the largest of them."""
+    on(H100)
+    s, t, y = inputs(4, 30, 9e3 if weights == "temperature" else 3.0, torch.float16)
+    options = {"divergence": "jsd", "reduction": "sum"}
+    large = torch.tensor([1.0, 3e4, 2.0, 0.5])
+    if weights == "jsd":
+        options["divergence"] = {"jsd": large}
+    else:
+        options[weights] = torch.linspace(1, 3e4, 30) if weights == "weight" else large
+    grad = value_and_grad(s, t, y, **options)[3]
+    x = s.double().requires_grad_()
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    kd_loss(x, t.double(), y, backend="reference", **wide).backward()
+    assert torch.isfinite(grad).all()
+    assert (grad - x.grad).norm() <= 2 * GRAD_BOUND[torch.float16] * x.grad.norm()
+
+
+@pytest.mark.parametrize("student_dtype", GRAD_BOUND)
+@pytest.mark.parametrize("teacher_dtype", GRAD_BOUND)
+def test_any_two_dtypes(on, student_dtype, teacher_dtype):
+    on(H100)
+    s, t, y = inputs(3, 20)
+    s, t = s.to(student_dtype), t.to(teacher_dtype)
+    check(s, t, y, backend="cuda", temperature=2.0)
+    lift = torch.tensor(2.0**12)
+    grad = value_and_grad(s, t, y, lift, divergence="reverse_kl")[3]
+    x = s.double().requires_grad_()
+    kd_loss(x, t.double(), y, backend="reference", divergence="reverse_kl").backward()
+    assert_close(grad, lift * x.grad)
+
+
 # ---- the choice ---------------------------------------------------------------------------------
 
 
 def test_cuda_then_triton_then_the_reference_with_one_warning(monkeypatch):
     class Other:
         device_types = ("cuda",)
+        features = None
 
         def __init__(self, name, reason):
-            self.name, self.reason, self.features = name, reason, None
+            self.name, self.reason = name, reason
 
         def why_not(self, device, student_dtype, teacher_dtype):
             return self.reason
 
-    def choose(cuda, triton):
-        monkeypatch.setitem(backends.BACKENDS, "cuda", Other("cuda", cuda))
-        monkeypatch.setitem(backends.BACKENDS, "triton", Other("triton", triton))
+    def choose(cuda, triton, *features):
+        for name, reason in (("cuda", cuda), ("triton", triton)):
+            other = Other(name, reason)
+            other.specialised = {"cuda": frozenset(), "triton": frozenset({"some"})}[name]
+            monkeypatch.setitem(backends.BACKENDS, name, other)
         backends.select.cache_clear()
-        return backends.select(None, torch.device("cuda", 0), torch.float32, torch.float32).name
+        kinds = torch.device("cuda", 0), torch.float32, torch.float32
+        return backends.select(None, *kinds, frozenset(features)).name
 
     assert choose(None, None) == "cuda"
+    assert choose(None, None, "some") == "triton"  # which has a kernel made for it
+    assert choose(None, "no driver", "some") == "cuda"
+    assert choose(None, None, "some", "others") == "cuda"
     assert choose("not built", None) == "triton"  # and no warning, which would be an error here
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert choose("not built", "no driver") == "reference"
-        backends.select(None, torch.device("cuda", 0), torch.float32, torch.float32)
+        backends.select(None, torch.device("cuda", 0), *[torch.float32] * 2, frozenset())
     assert len(caught) == 1
     assert re.search("not built.*no driver", str(caught[0].message))
     backends.select.cache_clear()

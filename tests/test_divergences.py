@@ -523,12 +523,6 @@ def test_what_is_wrong_is_named(options, error, message):
 
 
 MISSING = {
-    "cuda": [
-        ({"divergence": "jsd"}, "divergence jsd"),
-        ({"divergence": {"jsd": 1.0, "renyi": 1.0}}, "divergence jsd, divergence renyi"),
-        ({"teacher_temperature": 2.0}, "a teacher_temperature of its own"),
-        ({"scale_by_t2": False}, "scale_by_t2=False"),
-    ],
     "triton": [
         (
             {"temperature": torch.tensor(2.0, requires_grad=True)},

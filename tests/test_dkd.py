@@ -172,6 +172,27 @@ def test_masked_classes(backend, c):
 
 
 @backend
+@pytest.mark.parametrize("name", ["dkd", "nkd"])
+@pytest.mark.parametrize("c", [6, 3000])
+def test_one_of_the_two_has_nothing_but_the_label(backend, name, c):
+    s, t, y = inputs(2, c, dtype=torch.float64)
+    t[0, torch.arange(c) != y[0]] = -INF
+    s[1, torch.arange(c) != y[1]] = -INF
+    x = s.clone().requires_grad_()
+    options = {"divergence": name, "alpha": 1.0, "temperature": 2.0, "backend": backend}
+    losses = kd_loss(x, t, y, reduction="none", **options)
+    assert losses[1] == INF
+    losses[0].backward()
+    # Of the first row the label is all that is left: -log of the student's share of it.
+    z = s[:1].clone().requires_grad_()
+    T = 1.0 if name == "nkd" else 2.0
+    expected = F.cross_entropy(z / T, y[:1]) * T**2
+    expected.backward()
+    torch.testing.assert_close(losses[:1].detach(), expected.detach()[None])
+    torch.testing.assert_close(x.grad[:1], z.grad)
+
+
+@backend
 def test_minimum_shift_and_ignored_rows(backend):
     s, t, y = inputs(5, 40, dtype=torch.float64)
     x = s.clone().requires_grad_()

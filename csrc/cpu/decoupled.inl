@@ -3,28 +3,6 @@
 // masked; what belongs to the label is added by its log-odds: 1 - q_y formed by a subtraction would
 // be 0. Included inside an anonymous namespace, after jobs.inl has said what a Job is.
 
-inline double softplus(double x) { return log1p(exp(-fabs(x))) + (x > 0 ? x : 0); }
-
-// A class against all others, of its log-odds.
-struct Odds {
-  double is, is_not, log_is, log_is_not;
-  explicit Odds(double z)
-      : is(1 / (1 + exp(-z))),
-        is_not(1 / (1 + exp(z))),
-        log_is(-softplus(-z)),
-        log_is_not(-softplus(z)) {}
-};
-
-// a (log a - log b); nothing for a probability of 0.
-inline double divergence_of(double a, double log_a, double log_b) {
-  return a == 0 ? 0 : a * (log_a - log_b);
-}
-
-// log-odds of a logit against the others', which add up to `sum` relative to `max`.
-inline double log_odds(double logit, double max, double temperature, double sum) {
-  return (logit - max) / temperature - log(sum);
-}
-
 // The row's terms and the factors of its gradient, but for the label's entry and what is in `job`.
 template <typename Real>
 void conclude_decoupled(const KdProblem& p, Job<Real>& job) {
@@ -38,10 +16,12 @@ void conclude_decoupled(const KdProblem& p, Job<Real>& job) {
   const double more = q.is > 0.5 ? of_p.is_not - q.is_not : q.is - of_p.is;
   double target = divergence_of(of_p.is, of_p.log_is, q.log_is) +
                   divergence_of(of_p.is_not, of_p.log_is_not, q.log_is_not);
-  double rest = sums.teacher > 0 ? divergence(p, sums) / p.soft_factor : 0;
-  if (sums.masked && rest == rest) rest = INFINITY;
+  double rest = sums.teacher == 0 ? 0 : divergence(p, sums) / p.soft_factor;
+  const bool apart = sums.student == 0 && sums.teacher > 0;
+  if ((sums.masked && rest == rest) || apart) rest = INFINITY;
   if (target < 0) target = 0;  // rounding
-  const double alpha = term.parameter, beta = term.second;
+  // Where the teacher has nothing but the label, all else has no part in it.
+  const double alpha = term.parameter, beta = sums.teacher == 0 ? 0 : term.second;
   job.good = kAll;
   job.f = {};
   if (p.want_soft) {

@@ -171,12 +171,6 @@ struct Between {
   bool vanished;           // a sum whose logarithm is the loss is too small for Real
 };
 
-// A term of the mixture, for one row.
-struct Term {
-  KdDivergence kind;
-  double weight, parameter, norm, shift, inverse_sum;
-};
-
 // Of the block; v is written for the first term, and added to for others.
 template <typename Real>
 SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real* v, bool first) {
@@ -206,39 +200,6 @@ SumsBetween<Real> add_terms(const Term& t, const BlockBetween<Real>& block, Real
       return add_terms(Renyi(t.parameter, t.norm, t.shift, t.inverse_sum), block, t.weight, v,
                        first);
   }
-}
-
-// A term as it is for this row: with its own weight and parameter, which may make it another one.
-inline Term term_of(const KdTerm& term, int64_t row) {
-  Term t = {term.kind,
-            term.row_weight ? term.row_weight[row] : term.weight,
-            term.row_parameter ? term.row_parameter[row] : term.parameter,
-            1,
-            0,
-            1};
-  const double a = t.parameter;
-  switch (t.kind) {
-    case kJensenShannon:
-      if (a == 0) t.kind = kForwardKL;
-      if (a == 1) t.kind = kReverseKL;
-      break;
-    case kSkewForwardKL:
-    case kSkewReverseKL:
-      if (a == 1) t.weight = 0;
-      if (a == 0) t.kind = t.kind == kSkewForwardKL ? kForwardKL : kReverseKL;
-      break;
-    case kAlphaDivergence:
-    case kRenyi:
-      if (a == 1) t.kind = kForwardKL;
-      if (a == 0) t.kind = kReverseKL;
-      break;
-    case kCorrelation:
-      t.weight *= a;
-      break;
-    default:
-      break;
-  }
-  return t;
 }
 
 // Where a class that only one of the two has mass on makes it infinite.

@@ -135,7 +135,7 @@ struct Passes {
     q.temperature = nominal * (standardize ? of_student.divisor() : 1);
     const double t2 = p.plan->scale_by_t2 && !pass.added ? nominal * nominal : 1;
     q.soft_factor = t2 * pass.weight * rows.weight_of(view) * weight;
-    const double base = pass.added ? p.plan->added_scale : p.plan->soft_scale;
+    const double base = pass.added ? p.added_scale : p.plan_scale;
     q.alpha = base != 0, q.want_soft = true;
     q.scales.soft_scale = base * q.soft_factor / q.temperature;
     q.scales.hard_scale = 0;
@@ -156,7 +156,7 @@ struct Passes {
 
   // Whether the pass has the cross entropy in its sweeps.
   bool takes_hard(const KdPass& pass) const {
-    const KdDivergence kind = pass.term[0].kind;
+    const KdDivergence kind = p.plan->term[pass.first].kind;
     // The label's own cross entropy is NKD's, if nothing is special about it.
     if (kind == kTeacherLabel || (kind == kNormalized && !is_plain())) return false;
     return p.want_hard && label && !hard_is_had && !pass.added && !p.plan->standardize &&
@@ -180,8 +180,9 @@ struct Passes {
   void take_terms(KdProblem& q, const KdPass& pass) {
     q.terms = pass.terms;
     for (int k = 0; k < pass.terms; ++k) {
-      const Term t = term_of(pass.term[k], row);
-      q.term[k] = {t.kind, t.weight, t.parameter, pass.term[k].second, nullptr, nullptr};
+      const KdTerm& term = p.plan->term[pass.first + k];
+      const Term t = term_of(term, row);
+      q.term[k] = {t.kind, t.weight, t.parameter, term.second, nullptr, nullptr};
       if (t.kind == kCorrelation) q.term[k].parameter = 1;  // is in the weight
     }
     q.general = !(q.terms == 1 && q.term[0].weight == 1 && q.term[0].kind == kForwardKL);
@@ -371,7 +372,7 @@ struct Passes {
     if ((char*)total != out) store_block(total, p.classes, p.student_dtype, out, 0, false);
   }
 
-  void put_terms() const { p.soft[row] = soft, p.hard[row] = hard, p.plan->added[row] = added; }
+  void put_terms() const { p.soft[row] = soft, p.hard[row] = hard, p.added[row] = added; }
 };
 
 void visit_plan(const KdProblem& p, int64_t row, char* memory) {

@@ -26,6 +26,8 @@ namespace {
 
 #include "../row_math.inl"
 
+#include "../divergence_math.inl"
+
 #include "elements.inl"
 
 #include "transpose.inl"
@@ -76,7 +78,7 @@ extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* s
   Group groups[2] = {};  // without the cross entropy and with it
   for (int64_t i = begin; i < end; ++i) {
     p.soft[i] = p.hard[i] = 0;
-    if (p.plan) p.plan->added[i] = 0;
+    if (p.plan) p.added[i] = 0;
     if (p.soft_active(i) && p.row_weight(i) != 0) {
       if (p.plan) {
         visit_plan(p, i, scratch);

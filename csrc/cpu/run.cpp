@@ -77,34 +77,21 @@ double max_weight(const KdProblem& p) {
   return p.weight && p.classes ? *std::max_element(p.weight, p.weight + p.classes) : 1;
 }
 
-// At most the largest entry of a row's gradient, where 1 is forward KL's. Of the others q log(q /
-// p) is a quarter of the range of log(q / p), which logits of any use do not make 256; powers
-// outside [0, 1] have no bound, and get what room there is.
-double largest_factor(const KdTerm* terms, int count, int64_t rows) {
-  double total = 0;
-  for (int k = 0; k < count; ++k) {
-    const KdTerm& t = terms[k];
-    double largest = std::fabs(t.weight);
-    if (t.row_weight)
-      for (int64_t i = 0; i < rows; ++i) largest = std::max(largest, std::fabs(t.row_weight[i]));
-    const bool powers = t.kind == kAlphaDivergence || t.kind == kRenyi;
-    const bool simple = t.kind == kForwardKL || t.kind == kTotalVariation;
-    const bool unbounded = powers && (t.parameter < 0 || t.parameter > 1);
-    double factor = unbounded ? 1024 : simple ? 1 : 16;
-    if (t.kind == kDecoupled) factor = std::fabs(t.parameter) + std::fabs(t.second);
-    if (t.kind == kNormalized || t.kind == kWeightedSoft || t.kind == kCorrelation)
-      factor = 1 + 4 * std::fabs(t.parameter);
-    total += factor * largest;
-  }
-  return total;
-}
-
 double largest_of(const double* values, int64_t n, double otherwise) {
   return values && n ? *std::max_element(values, values + n) : otherwise;
 }
 
-// The same of all passes of a row, T^2 / T included; and of its weight. A standardised row is
-// divided by its deviation, which may be small: there is room for 1/64.
+double largest_factor(const KdTerm* terms, int count, int64_t rows) {
+  double total = 0;
+  for (int k = 0; k < count; ++k) {
+    double largest = std::fabs(terms[k].weight);
+    if (const double* own = terms[k].row_weight)
+      for (int64_t i = 0; i < rows; ++i) largest = std::max(largest, std::fabs(own[i]));
+    total += largest_factor(terms[k]) * largest;
+  }
+  return total;
+}
+
 double largest_gradient(const KdProblem& p) {
   if (!p.plan) return p.general ? largest_factor(p.term, p.terms, p.rows) : 1;
   const KdPlan& plan = *p.plan;
@@ -113,9 +100,8 @@ double largest_gradient(const KdProblem& p) {
     const KdPass& pass = plan.pass[k];
     const double t =
         largest_of(pass.added ? nullptr : plan.row_temperature, p.rows, pass.temperature);
-    const double factor = pass.added ? 1 : p.alpha * (plan.scale_by_t2 ? std::max(t, 1.0) : 1);
-    total += factor * pass.weight * largest_factor(pass.term, pass.terms, p.rows) *
-             (plan.standardize ? 64 : 1);
+    const double terms = largest_factor(plan.term + pass.first, pass.terms, p.rows);
+    total += largest_factor(plan, pass, p.alpha, t, terms);
   }
   return total;
 }
@@ -235,10 +221,10 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   p.soft = terms.data();
   p.hard = terms.data() + p.rows;
   if (p.plan) {
-    p.plan->added = terms.data() + 2 * p.rows;
-    p.plan->soft_scale = p.alpha / soft_rows * grad_scale;
-    p.plan->added_rows = p.plan->sum_added ? 1 : soft_rows;
-    p.plan->added_scale = grad_scale / p.plan->added_rows;
+    p.added = terms.data() + 2 * p.rows;
+    p.plan_scale = p.alpha / soft_rows * grad_scale;
+    p.added_rows = p.plan->sum_added ? 1 : soft_rows;
+    p.added_scale = grad_scale / p.added_rows;
   }
 
   ask_for_huge_pages(p);
@@ -250,7 +236,7 @@ KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
     const double soft = rows ? p.soft[i] : sum(p.soft, p.rows) / soft_rows;
     const double hard = rows ? p.hard[i] : sum(p.hard, p.rows) / hard_rows;
     double loss = blend(p.alpha, soft, hard);
-    if (p.plan) loss += rows ? p.plan->added[i] : sum(p.plan->added, p.rows) / p.plan->added_rows;
+    if (p.plan) loss += rows ? p.added[i] : sum(p.added, p.rows) / p.added_rows;
     put(out.loss, out.in_float64, i, loss);
     put(out.soft, out.in_float64, i, soft);
     put(out.hard, out.in_float64, i, hard);

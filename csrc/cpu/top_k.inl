@@ -11,53 +11,6 @@ struct KnownClass {
   double v;  // q df/dq
 };
 
-struct Compared {
-  double value, v;
-};
-
-// f(p, q) and q df/dq of one class. Both are of degree 1 in (p, q), so that a class of the
-// student's mass alone, however many it stands for, is compared like any other.
-inline Compared compare_class(const Term& t, double log_p, double log_q) {
-  const double p = exp(log_p), q = exp(log_q), a = t.parameter;
-  const bool no_p = log_p == -INFINITY, no_q = log_q == -INFINITY;
-  if (no_p && no_q) return {0, 0};
-  const double distance = log_q - log_p;
-  // log(p / m) and log(q / m) of the mixture m = w p + (1 - w) q.
-  const auto mixed = [&](double w) {
-    const double larger = log_p > log_q ? log_p : log_q;
-    return larger + log(w * exp(log_p - larger) + (1 - w) * exp(log_q - larger));
-  };
-  switch (t.kind) {
-    case kForwardKL:
-      return {no_p ? 0 : no_q ? INFINITY : -p * distance, -p};
-    case kReverseKL:
-      return {no_q ? 0 : no_p ? INFINITY : q * distance, no_q ? 0 : q * (distance + 1)};
-    case kJensenShannon: {
-      const double m = mixed(a), of_p = no_p ? 0 : p * (log_p - m), of_q = no_q ? 0 : log_q - m;
-      return {a * of_p + (1 - a) * q * of_q, (1 - a) * q * of_q};
-    }
-    case kSkewForwardKL: {
-      const double m = mixed(a);
-      return {no_p ? 0 : p * (log_p - m), -(1 - a) * exp(log_p + log_q - m)};
-    }
-    case kSkewReverseKL: {
-      const double m = mixed(1 - a), of_q = no_q ? 0 : log_q - m;
-      return {q * of_q, q * (of_q + 1 - a * exp(log_q - m))};
-    }
-    case kTotalVariation:
-      return {fabs(p - q) / 2, q > p ? q / 2 : q < p ? -q / 2 : 0};
-    case kAgreement: {
-      const double both = exp(log_p + log_q);
-      return {both, -both};
-    }
-    default: {  // p^a q^(1 - a), for the two that are made of its sum
-      double power = no_p ? (a > 0 ? 0 : INFINITY) : no_q ? (a < 1 ? 0 : INFINITY) : 0;
-      if (!no_p && !no_q) power = exp(a * log_p + (1 - a) * log_q);
-      return {power, power};
-    }
-  }
-}
-
 template <typename Real>
 struct KnownRow {
   const KdProblem& p;   // of this row alone

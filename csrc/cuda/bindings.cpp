@@ -1,30 +1,24 @@
 // The Python face of csrc/cuda: raw pointers and sizes, checked by kdkernels/checks.py and laid out
 // by kdkernels/backends/cuda.py. Knows nothing of torch.
-#include <pybind11/pybind11.h>
+#include "../plan_bindings.h"
 
 #include <string>
-#include <tuple>
 
+#include "general.h"
 #include "run.h"
 
 namespace {
 
-typedef std::tuple<int64_t, int64_t, int64_t> Rows;
-
-KdRows rows_of(const Rows& r) { return {std::get<0>(r), std::get<1>(r), std::get<2>(r)}; }
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void run(uintptr_t student, uintptr_t teacher, uintptr_t labels, uintptr_t weight, uintptr_t grad,
-         uintptr_t loss, uintptr_t soft, uintptr_t hard, uintptr_t grad_scale, uintptr_t workspace,
-         const Rows& student_rows, const Rows& teacher_rows, const Rows& grad_rows, int64_t rows,
-         int64_t classes, int student_dtype, int teacher_dtype, bool labels_are_int64,
-         double temperature, double alpha, int64_t ignore_index, double label_smoothing,
-         int reduction, bool distill_ignored, int device, uintptr_t stream) {
+// `plan`: null for the kernels of the forward KL alone; with one, `teacher` is not looked at.
+void run(const Plan* plan, double z_loss, uintptr_t student, uintptr_t teacher, uintptr_t labels,
+         uintptr_t weight, uintptr_t grad, uintptr_t loss, uintptr_t soft, uintptr_t hard,
+         uintptr_t grad_scale, uintptr_t workspace, const Rows& student_rows,
+         const Rows& teacher_rows, const Rows& grad_rows, int64_t rows, int64_t classes,
+         int student_dtype, int teacher_dtype, bool labels_are_int64, double temperature,
+         double alpha, int64_t ignore_index, double label_smoothing, int reduction,
+         bool distill_ignored, int device, uintptr_t stream) {
   KdCudaProblem p = {};
+  p.z_loss = z_loss;
   p.student = pointer<const void>(student);
   p.teacher = pointer<const void>(teacher);
   p.grad = pointer<void>(grad);
@@ -49,7 +43,13 @@ void run(uintptr_t student, uintptr_t teacher, uintptr_t labels, uintptr_t weigh
   p.out = {static_cast<KdReduction>(reduction), p.student_dtype == kFloat64, pointer<void>(loss),
            pointer<void>(soft), pointer<void>(hard)};
   p.grad_scale = pointer<double>(grad_scale);
-  kd_cuda_run(p, device, pointer<void>(stream), pointer<void>(workspace));
+  if (!plan) return kd_cuda_run(p, device, pointer<void>(stream), pointer<void>(workspace));
+  KdGeneralProblem q = {};
+  static_cast<KdLoss&>(q) = p;
+  q.plan = *plan;
+  q.out = p.out;
+  q.grad_scale = p.grad_scale;
+  kd_general_run(q, device, pointer<void>(stream), pointer<void>(workspace));
 }
 
 void scale(uintptr_t grad, int dtype, const Rows& grad_rows, int64_t rows, int64_t classes,
@@ -74,6 +74,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of kdkernels; use kdkernels.kd_loss.";
   m.attr("workspace_bytes") = kWorkspaceBytes;
   m.attr("architectures") = KD_ARCHITECTURES;
+  bind_plan(m);
+  m.def("general_bytes", &kd_general_bytes);
   m.def("run", &run, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("scale", &scale, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("why_not", [](int device) { return std::string(kd_cuda_why_not(device)); });

@@ -13,7 +13,7 @@
 #include <utility>
 
 #define KD_DEVICE __device__ __forceinline__
-#define KD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define KD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define KD_PARAMETER const __grid_constant__
 
 typedef __nv_bfloat16 BFloat16;

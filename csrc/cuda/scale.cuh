@@ -3,26 +3,12 @@
 #pragma once
 #include <type_traits>
 
-#include "machine.cuh"
-#include "problem.cuh"
+#include "elements.cuh"
 
 namespace {
 
 constexpr int kScaleThreads = 256;
 constexpr int64_t kPiece = 16384;  // entries of a row that one block takes at a time
-
-KD_DEVICE double value_at(const void* values, KdDtype dtype, int64_t i) {
-  switch (dtype) {
-    case kFloat64:
-      return static_cast<const double*>(values)[i];
-    case kFloat32:
-      return static_cast<const float*>(values)[i];
-    case kBFloat16:
-      return to_float(static_cast<const BFloat16*>(values)[i]);
-    default:
-      return to_float(static_cast<const Float16*>(values)[i]);
-  }
-}
 
 template <typename S, typename Real>
 KD_DEVICE void scale_entry(S& entry, Real factor) {

@@ -46,7 +46,7 @@ def select(
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return BACKENDS[name]
     reasons: list[str] = []  # of the backends that were made for this device
-    for backend in BACKENDS.values():
+    for backend in _best_first(features):
         reason = _why_not(backend, device, student_dtype, teacher_dtype, features)
         if reason is None:
             if reasons and backend.name == "reference":  # select is cached: the warning comes once
@@ -59,6 +59,17 @@ def select(
         if device.type in backend.device_types:
             reasons.append(f"backend {backend.name!r} cannot run: {reason}")
     raise AssertionError("the reference serves every device and dtype")
+
+
+def _best_first(features: frozenset[str]) -> list[Backend]:
+    """Whoever has a kernel made for this comes before whoever has one that is made for all."""
+
+    def rank(backend: Backend) -> int:
+        if backend.name == "reference":
+            return 2
+        return int(backend.specialised is not None and not features <= backend.specialised)
+
+    return sorted(BACKENDS.values(), key=rank)
 
 
 def _why_not(

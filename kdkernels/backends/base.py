@@ -69,6 +69,8 @@ class Backend(Protocol):
     device_types: tuple[str, ...]  # it was made for; the reference serves any
     # What it has of ``Options.features`` and of the forms of the tensors; None: all.
     features: frozenset[str] | None
+    # And what of these its fastest kernels have; the others are served by one that has everything.
+    specialised: frozenset[str] | None
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""

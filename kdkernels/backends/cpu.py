@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdkernels.backends.base import Result, scale_gradient
 from kdkernels.backends.native import DTYPE_CODES, REDUCTION_CODES, address, laid_out, why_not_built
-from kdkernels.backends.plan import needs_plan, plan_of
+from kdkernels.backends.plan import asks_for_plan, needs_plan, plan_of
 from kdkernels.divergences import DIVERGENCES, FORWARD_KL, Term, of_term
 from kdkernels.reference import accumulation_dtype
 from kdkernels.teachers import TopKTeacher, logits_of
@@ -106,6 +106,7 @@ class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
     features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = None
 
     def unavailable(self) -> str | None:
         return None if _cpu is not None else why_not_built("cpu", _import_error)
@@ -165,7 +166,8 @@ class CPUBackend:
             grad_rows = (1, student.shape[-1], 0)
         if grad is not None and classes < student.shape[-1]:
             grad[..., classes:] = 0  # which are no part of the loss
-        plan = plan_of(student, teacher, options, tensors)
+        asked = asks_for_plan(teacher, options, tensors)
+        plan = plan_of(_cpu, student, teacher, options, tensors) if asked else None
         of_rows = [_of_rows(term, tensors) for term in options.divergence] if tensors else []
         shape = student.shape[:-1] if options.reduction == "none" else ()
         loss_dtype = accumulation_dtype(student.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kdkernels.backends.native import (
     laid_out,
     why_not_built,
 )
+from kdkernels.backends.plan import plan_of
 from kdkernels.backends.reference import check_labels
 from kdkernels.reference import accumulation_dtype
 
@@ -32,10 +34,23 @@ except ImportError as error:
     _import_error = str(error)
 
 
+@functools.lru_cache(maxsize=256)
+def _is_special(options: Options) -> bool:
+    """Whether the options alone ask for more than the kernels of the forward KL have."""
+    return bool(options.features)
+
+
+def _one_look(student: Tensor, teacher: Tensor, options: Options, tensors: PerRow) -> bool:
+    """Whether the kernels of the forward KL serve it."""
+    mixed = student.dtype != teacher.dtype and torch.float64 in (student.dtype, teacher.dtype)
+    return not tensors and not mixed and not _is_special(options)
+
+
 class CUDABackend:
     name = "cuda"
     device_types: tuple[str, ...] = ("cuda",)
-    features: frozenset[str] | None = frozenset()
+    features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = frozenset()
     module: Any = _cuda
 
     def unavailable(self) -> str | None:
@@ -74,8 +89,6 @@ class CUDABackend:
         for dtype in (student_dtype, teacher_dtype):
             if dtype not in DTYPE_CODES:
                 return f"it has no kernel for {dtype}"
-        if torch.float64 in (student_dtype, teacher_dtype) and student_dtype != teacher_dtype:
-            return f"it has no kernel for {student_dtype} beside {teacher_dtype}"
         return None
 
     def run(
@@ -90,11 +103,15 @@ class CUDABackend:
         inplace: bool,
         tensors: PerRow,
     ) -> Result:
-        assert isinstance(teacher, Tensor)  # it has no features of other forms
         temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored, *_ = options
-        classes = student.shape[-1]
+        classes = options.num_classes or student.shape[-1]
+        rows = student.shape[:-1].numel()
         source, student_rows = laid_out(student)
-        teacher, teacher_rows = laid_out(teacher)
+        plan, of_teacher, teacher_rows = None, source, student_rows
+        if isinstance(teacher, Tensor) and _one_look(student, teacher, options, tensors):
+            of_teacher, teacher_rows = laid_out(teacher)
+        else:
+            plan = plan_of(self.module, student, teacher, options, tensors)
         if labels is not None:
             if os.environ.get("KDKERNELS_CHECK_LABELS") == "1":
                 check_labels(labels, classes, ignore_index)
@@ -108,19 +125,26 @@ class CUDABackend:
             grad = source.detach()
         elif want_grad:
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-            grad_rows = (1, classes, 0)
+            grad_rows = (1, student.shape[-1], 0)
+        if grad is not None and classes < student.shape[-1]:
+            grad[..., classes:] = 0  # which are no part of the loss
         shape = student.shape[:-1] if reduction == "none" else ()
         loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
         soft = torch.empty_like(loss) if want_terms else None
         hard = torch.empty_like(loss) if want_terms else None
-        workspace = student.new_empty(self.module.workspace_bytes, dtype=torch.uint8)
         grad_scale = None
         if grad is not None and student.dtype == torch.float16:
             grad_scale = student.new_empty((), dtype=torch.float64)
         device, stream = self.device_and_stream(student)
+        size = self.module.workspace_bytes
+        if plan is not None:
+            size = self.module.general_bytes(rows, classes, device)
+        workspace = student.new_empty(size, dtype=torch.uint8)
         self.module.run(
+            None if plan is None else plan.native,
+            options.z_loss,
             address("student_logits", source),
-            address("teacher_logits", teacher),
+            address("teacher_logits", of_teacher),
             0 if labels is None else address("labels", labels),
             0 if weight is None else address("weight", weight),
             0 if grad is None else grad.data_ptr(),
@@ -132,10 +156,10 @@ class CUDABackend:
             student_rows,
             teacher_rows,
             grad_rows,
-            student.numel() // classes,
+            rows,
             classes,
             DTYPE_CODES[student.dtype],
-            DTYPE_CODES[teacher.dtype],
+            DTYPE_CODES[of_teacher.dtype],
             labels is not None and labels.dtype == torch.int64,
             temperature,
             alpha,
@@ -148,7 +172,8 @@ class CUDABackend:
         )
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
-        return Result(loss, soft, hard, grad, 1.0 if grad_scale is None else grad_scale)
+        metrics = () if plan is None else plan.reduced(student, labels, options, tensors)
+        return Result(loss, soft, hard, grad, 1.0 if grad_scale is None else grad_scale, metrics)
 
     def device_and_stream(self, tensor: Tensor) -> tuple[int, int]:
         """Asked for at every call: a graph that is captured has a stream of its own."""

@@ -1,4 +1,4 @@
-"""What the CPU kernel is told of rows that take more than one look: csrc/cpu/passes.inl."""
+"""What native code is told of rows that take more than one look: csrc/plan.h."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdkernels.teachers import TAILS, Teacher, TopKTeacher
 if TYPE_CHECKING:
     from kdkernels.options import Options
 
-AGREEMENT, ENTROPY_GAP = 13, 14  # of KdDivergence in csrc/cpu/problem.h
+AGREEMENT, ENTROPY_GAP = 13, 14  # of KdDivergence in csrc/plan.h
 ENSEMBLES = {"probs": 0, "losses": 1, "logits": 2}
 
 
@@ -29,7 +29,7 @@ def needs_plan(options: Options) -> bool:
 class Plan(NamedTuple):
     """The plan in native form, and the tensors that it points to."""
 
-    native: Any  # _cpu.Plan
+    native: Any  # Plan of the module that is to read it
     kept: list[Tensor]
     metrics: Tensor | None  # (rows, 4)
 
@@ -53,14 +53,16 @@ class Plan(NamedTuple):
         return tuple(c.sum() / n.clamp(min=1) for c, n in zip(columns, counts, strict=True))
 
 
-def plan_of(student: Tensor, teacher: Teacher, options: Options, tensors: PerRow) -> Plan | None:
-    """The plan of a call, or None where the kernel needs none."""
+def asks_for_plan(teacher: Teacher, options: Options, tensors: PerRow) -> bool:
     other = {"temperature", "sample_weight", "student_bias", "teacher_bias"} & tensors.keys()
-    if isinstance(teacher, Tensor) and not other and not needs_plan(options):
-        return None
-    from kdkernels import _cpu
+    return bool(other) or not isinstance(teacher, Tensor) or needs_plan(options)
 
-    plan = Plan(_cpu.Plan(), [], _metrics(student, options))
+
+def plan_of(
+    module: Any, student: Tensor, teacher: Teacher, options: Options, tensors: PerRow
+) -> Plan:
+    """The plan of a call, for this native module."""
+    plan = Plan(module.Plan(), [], _metrics(student, options))
     wide = {name: _kept(plan, values) for name, values in tensors.items()}
     _add_passes(plan, options, wide)
     _add_teachers(plan, teacher, options)
@@ -112,13 +114,17 @@ def _add_passes(plan: Plan, options: Options, wide: PerRow) -> None:
     alone = [DIVERGENCES[term.name].alone for term in options.divergence]
     looks = [[term] for term, is_alone in zip(mixture, alone, strict=True) if is_alone]
     together = [term for term, is_alone in zip(mixture, alone, strict=True) if not is_alone]
+    if together:
+        looks.append(together)
+    firsts = [plan.native.add_terms(look) for look in looks]
     for temperature in temperatures:
         of_teacher = options.teacher_temperature or temperature
-        for look in [*looks, together] if together else looks:
-            plan.native.add_pass(temperature, of_teacher, share, False, look)
+        for first, look in zip(firsts, looks, strict=True):
+            plan.native.add_pass(temperature, of_teacher, share, False, first, len(look))
     for code, weight in ((AGREEMENT, options.agreement), (ENTROPY_GAP, options.entropy_gap)):
         if weight:
-            plan.native.add_pass(1.0, 1.0, 1.0, True, [(code, weight, 0.0, 0.0, 0, 0)])
+            first = plan.native.add_terms([(code, weight, 0.0, 0.0, 0, 0)])
+            plan.native.add_pass(1.0, 1.0, 1.0, True, first, 1)
 
 
 def _add_teachers(plan: Plan, teacher: Teacher, options: Options) -> None:

@@ -21,6 +21,7 @@ class ReferenceBackend:
     name = "reference"
     device_types: tuple[str, ...] = ()
     features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = None
 
     def unavailable(self) -> str | None:
         return None

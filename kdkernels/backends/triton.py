@@ -139,6 +139,7 @@ class TritonBackend:
     name = "triton"
     device_types: tuple[str, ...] = DEVICE_TYPES
     features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = SPECIALISED
 
     def unavailable(self) -> str | None:
         return _why_no_device()

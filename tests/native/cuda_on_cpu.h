@@ -19,7 +19,7 @@
 #include <vector>
 
 #define KD_DEVICE inline
-#define KD_KERNEL(threads) void
+#define KD_KERNEL(...) void
 #define KD_PARAMETER const
 
 // ---- fibres -------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ enum PlanKind {
 inline void fill_plan(KdPlan& plan, PlanKind kind, const std::vector<double>& numbers) {
   const auto pass = [&](double t, KdDivergence divergence, bool added) {
     KdPass& to = plan.pass[plan.passes++];
-    to = {t, t, 1, added, 1, {}};
-    to.term[0] = {divergence, 1, 0.6, 0, nullptr, nullptr};
+    to = {t, t, 1, added, plan.terms, 1};
+    plan.term[plan.terms++] = {divergence, 1, 0.6, 0, nullptr, nullptr};
   };
   const KdDivergence of_kind = kind == kNKD          ? kNormalized
                                : kind == kWSLD       ? kWeightedSoft
@@ -41,7 +41,7 @@ inline void fill_plan(KdPlan& plan, PlanKind kind, const std::vector<double>& nu
                                                      : kForwardKL;
   pass(2, of_kind, false);
   if (kind == kTemperatures) pass(3.3, kJensenShannon, false), pass(4, kDecoupled, false);
-  if (kind == kTemperatures) plan.pass[2].term[0].second = 2;
+  if (kind == kTemperatures) plan.term[2].second = 2;
   if (kind == kAdded) pass(1, kAgreement, true), pass(1, kEntropyGap, true);
   plan.standardize = kind == kStandardized;
   plan.scale_by_t2 = true;
