@@ -330,3 +330,8 @@ def test_class_weights_are_the_cross_entropys():
         got = value_and_grad("triton", s, t, y, weight=weight, **options)
         expected = value_and_grad("cpu", s, t, y, weight=weight, **options)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("c", [6, 1100])
+def test_dkd_where_one_of_the_two_has_nothing_but_the_label(c):
+    dkd.test_one_of_the_two_has_nothing_but_the_label("triton", "dkd", c)

@@ -79,7 +79,9 @@ def _among_others(sums, batch):
     """The divergence of the other classes, (R,)."""
     student, teacher = sums.student + sums.student_ones, sums.teacher + sums.teacher_ones
     kl = sums.cross / (teacher * batch.temperature) + tl.log(student / teacher)
-    kl = tl.where((sums.lowest == float("-inf")) & (kl == kl), float("inf"), _not_negative(kl))
+    masked = (sums.lowest == float("-inf")) & (kl == kl)
+    masked = masked | ((student == 0) & (teacher > 0))
+    kl = tl.where(masked, float("inf"), _not_negative(kl))
     return tl.where(teacher == 0, 0.0, kl)
 
 
@@ -94,6 +96,8 @@ def _decouple(sums, tile, s_label, w, batch, asked):
     target = _divergence(p.label, p.log_label, q.log_label)
     target = _not_negative(target + _divergence(p.others, p.log_others, q.log_others))
     of_label, of_others = tl.load(batch.scales + PARAMETERS), tl.load(batch.scales + PARAMETERS + 1)
+    # Where the teacher has nothing but the label, all else has no part in it.
+    of_others = tl.where(teacher == 0, 0.0, of_others)
     # A term of weight zero is no part of the loss.
     soft = tl.where(of_label == 0, 0.0, of_label * target)
     soft += tl.where(of_others == 0, 0.0, of_others * _among_others(sums, batch))
