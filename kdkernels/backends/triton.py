@@ -7,7 +7,6 @@ asks for a look at the labels.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -23,6 +22,15 @@ from kdkernels.backends import triton_general, triton_mixture
 from kdkernels.backends.base import Result
 from kdkernels.backends.native import address, laid_out
 from kdkernels.backends.reference import ReferenceBackend, check_labels
+from kdkernels.backends.triton_device import (
+    current,
+    current_target,
+    has_double,
+    interpreted,
+    launch_options,
+    warp_size,
+    why_no_device,
+)
 from kdkernels.backends.triton_mixture import in_two_parts
 from kdkernels.backends.triton_shapes import GENERAL, PLAIN, shape_of
 from kdkernels.reference import accumulation_dtype
@@ -34,14 +42,12 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE_TYPES = ("cuda", "xpu")  # AMD's are "cuda" to torch
-OLDEST = (3, 6)  # the first Triton that compiles the kernels
 
 # Labels and terms that one program adds up before several share the work.
 SHARE = 65536
 COUNTED = 1024  # at a time
 MAX_PARTS = 1024
 AGAIN_PROGRAMS = 1024  # that look for rows to be done again
-REGISTERS = 65536  # of an NVIDIA multiprocessor
 # Of ``Options.features``, what has kernels of its own; the general one has all.
 SPECIALISED = frozenset(
     {
@@ -59,76 +65,6 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def _interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU; to be set before Triton loads."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_no_device() -> str | None:
-    """An installed Triton is not enough: it needs a driver that finds a GPU."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton does not import ({error}); try `pip install 'kdkernels[triton]'`"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        return (
-            f"Triton {triton.__version__} is too old, it takes {OLDEST[0]}.{OLDEST[1]}; "
-            "try `pip install 'kdkernels[triton]'` with a newer torch"
-        )
-    if _interpreted():
-        return None
-    try:
-        _target()
-    except RuntimeError as error:
-        return f"Triton {triton.__version__} is installed and finds no GPU: {error}"
-    return None
-
-
-def _target() -> Any:
-    """Backend, architecture and threads per warp of the current device."""
-    from triton.runtime import driver
-
-    return driver.active.get_current_target()
-
-
-@functools.cache
-def _warp(device: int) -> int:
-    """Threads of a warp of this device, which is the current one."""
-    return 32 if _interpreted() else int(_target().warp_size)
-
-
-@functools.cache
-def _launched(threads: int, device: int, registers: int = 200) -> dict[str, Any]:
-    """How programs of so many threads run on this device, which is the current one.
-
-    Without contraction: a*x - b*y has to be 0 where both products are the same. On NVIDIA with the
-    registers that there are: left to itself ptxas aims at a number of its own, and now and then
-    spills a scalar to keep it.
-    """
-    options = {"num_warps": threads // _warp(device), "num_stages": 1, "enable_fp_fusion": False}
-    if not _interpreted() and _target().backend == "cuda":
-        options["maxnreg"] = min(registers, REGISTERS // threads)
-    return options
-
-
-@functools.cache
-def _has_double(device_type: str, index: int | None) -> bool:
-    """False for some of Intel's GPUs: then all is float32, rows at risk included."""
-    if device_type != "xpu":
-        return True
-    return bool(torch.xpu.get_device_capability(index)["has_fp64"])
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The device made the current one, which is where Triton launches."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    module = torch.get_device_module(device)
-    if module.current_device() == device.index:
-        return contextlib.nullcontext()
-    return module.device(device)  # type: ignore[no-any-return]
-
-
 def _bits(value: float, has_double: bool) -> int:
     """A number as the integer that Triton passes unchanged; floats it would round to float32."""
     floating, integer = ("<d", "<q") if has_double else ("<f", "<i")
@@ -142,31 +78,31 @@ class TritonBackend:
     specialised: frozenset[str] | None = SPECIALISED
 
     def unavailable(self) -> str | None:
-        return _why_no_device()
+        return why_no_device()
 
     def details(self) -> str:
         import triton
 
-        if _interpreted():
+        if interpreted():
             return f"Triton {triton.__version__}, interpreter on the CPU (TRITON_INTERPRET=1): slow"
-        target = _target()
+        target = current_target()
         return f"Triton {triton.__version__}, {target.backend} {target.arch}"
 
     def why_not(
         self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
     ) -> str | None:
-        if _interpreted():
+        if interpreted():
             if device.type != "cpu":
                 return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {device.type}"
         elif device.type not in DEVICE_TYPES:
             return f"it serves GPU tensors, and these are on {device.type}"
-        reason = _why_no_device()
+        reason = why_no_device()
         if reason is not None:
             return reason
         for dtype in (student_dtype, teacher_dtype):
             if dtype not in DTYPES:
                 return f"it has no kernel for {dtype}"
-            if dtype == torch.float64 and not _has_double(device.type, device.index):
+            if dtype == torch.float64 and not has_double(device.type, device.index):
                 return "the GPU has no float64"
         return None
 
@@ -204,7 +140,7 @@ class TritonBackend:
                 if out is not None:
                     out.zero_()
             return Result(loss, soft, hard, grad)
-        with _current(student.device):
+        with current(student.device):
             launch = _Launch(student, teacher, labels, weight, options, want_terms, tensors)
             scales = launch.scales(grad is not None)
             launch.rows(source, student_rows, grad, grad_rows, inplace, scales, (loss, soft, hard))
@@ -233,7 +169,7 @@ class TritonBackend:
         tile = 2048 // block
         columns = -(-classes // block)
         programs = min(-(-rows // tile), max(1, 4096 // columns))
-        with _current(grad.device):
+        with current(grad.device):
             kernels = _kernels()
             kernels.scale_kernel[(programs, columns)](
                 grad,
@@ -247,7 +183,7 @@ class TritonBackend:
                 factor_inner,
                 factor_outer,
                 factor_step,
-                WIDE=_wide(_has_double(grad.device.type, grad.device.index)),
+                WIDE=_wide(has_double(grad.device.type, grad.device.index)),
                 R=tile,
                 BLOCK=block,
                 num_warps=4,
@@ -281,7 +217,7 @@ def _run_general(
     tensors: PerRow,
 ) -> Result:
     arguments = (teacher, labels, weight, options, want_terms, want_grad, inplace, tensors)
-    if not _has_double(student.device.type, student.device.index):
+    if not has_double(student.device.type, student.device.index):
         warnings.warn(
             "kdkernels uses the slower reference: the GPU has no float64, and only the kernels of "
             "simple divergences do without",
@@ -291,8 +227,8 @@ def _run_general(
         student = student if inplace or not want_grad else student.detach().clone()
         return ReferenceBackend().run(student, *arguments)
     device = student.get_device()
-    with _current(student.device):
-        launched = functools.partial(_launched, device=device, registers=255)
+    with current(student.device):
+        launched = functools.partial(launch_options, device=device, registers=255)
         return triton_general.run(_kernels(), launched, student, *arguments)
 
 
@@ -313,7 +249,7 @@ class _Launch:
         self.teacher, self.teacher_rows = laid_out(teacher)
         self.classes = student.shape[-1]
         self.count = student.numel() // self.classes
-        self.has_double = _has_double(student.device.type, student.device.index)
+        self.has_double = has_double(student.device.type, student.device.index)
         self.wide = torch.float64 if self.has_double else torch.float32
         self.soft = options.alpha > 0 or want_terms
         self.hard = labels is not None and (options.alpha < 1 or want_terms)
@@ -424,7 +360,7 @@ class _Launch:
         kernels, options = _kernels(), self.options
         in_double = torch.float64 in (source.dtype, self.teacher.dtype)
         device = self.student.get_device()
-        warp = _warp(device)
+        warp = warp_size(device)
         regimes, registers = PLAIN, 200
         if self.general is not None:
             regimes, registers = GENERAL, 255
@@ -477,14 +413,14 @@ class _Launch:
             R=shape.rows,
             BLOCK=shape.block,
             RESIDENT=shape.resident,
-            **_launched(shape.threads, device, registers),
+            **launch_options(shape.threads, device, registers),
         )
         if again:
             shape = shape_of(self.classes, regimes.again, warp)
             kernels.again_kernel[(min(self.count, AGAIN_PROGRAMS),)](
                 *arguments,
                 BLOCK=shape.block,
-                **_launched(shape.threads, device, registers),
+                **launch_options(shape.threads, device, registers),
             )
         if terms is not None:
             self.finish(terms, scales, results)
