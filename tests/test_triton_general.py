@@ -244,7 +244,7 @@ def test_a_float16_gradient_has_room_for_what_multiplies_it():
 
 
 def test_a_gpu_without_float64_leaves_it_to_the_reference(monkeypatch):
-    monkeypatch.setattr(triton, "has_double", lambda *_: False)
+    monkeypatch.setattr(triton_general, "has_double", lambda *_: False)
     s, t, y = inputs(2, 5)
     with pytest.warns(RuntimeWarning, match="the GPU has no float64"):
         got = value_and_grad("triton", s, t, y, z_loss=0.1)

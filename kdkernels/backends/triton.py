@@ -11,7 +11,6 @@ import functools
 import math
 import os
 import struct
-import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from kdkernels.backends import triton_general, triton_mixture
 from kdkernels.backends.base import Result
 from kdkernels.backends.native import address, laid_out
-from kdkernels.backends.reference import ReferenceBackend, check_labels
+from kdkernels.backends.reference import check_labels
 from kdkernels.backends.triton_device import (
     current,
     current_target,
@@ -123,7 +122,7 @@ class TritonBackend:
             check_labels(labels, classes, options.ignore_index)
         if not isinstance(teacher, Tensor) or _is_general(options, frozenset(tensors)):
             call = (student, teacher, labels, weight, options, want_terms, want_grad, inplace)
-            return _run_general(*call, tensors)
+            return triton_general.run(_kernels(), *call, tensors)
         shape = student.shape[:-1] if options.reduction == "none" else ()
         loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
         soft = torch.empty_like(loss) if want_terms else None
@@ -203,33 +202,6 @@ def _is_general(options: Options, tensors: frozenset[str]) -> bool:
     """Whether it takes the general kernel: slower, and able to do everything."""
     others = {"temperature", "sample_weight", "student_bias", "teacher_bias"}
     return bool(options.features - SPECIALISED or tensors & others)
-
-
-def _run_general(
-    student: Tensor,
-    teacher: Teacher,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    want_terms: bool,
-    want_grad: bool,
-    inplace: bool,
-    tensors: PerRow,
-) -> Result:
-    arguments = (teacher, labels, weight, options, want_terms, want_grad, inplace, tensors)
-    if not has_double(student.device.type, student.device.index):
-        warnings.warn(
-            "kdkernels uses the slower reference: the GPU has no float64, and only the kernels of "
-            "simple divergences do without",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        student = student if inplace or not want_grad else student.detach().clone()
-        return ReferenceBackend().run(student, *arguments)
-    device = student.get_device()
-    with current(student.device):
-        launched = functools.partial(launch_options, device=device, registers=255)
-        return triton_general.run(_kernels(), launched, student, *arguments)
 
 
 class _Launch:

@@ -6,9 +6,9 @@ The sums over the batch before and after it are PyTorch's: they stay on the devi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from kdkernels.backends.base import Result
 from kdkernels.backends.native import laid_out
 from kdkernels.backends.plan import AGREEMENT, ENTROPY_GAP, Plan
+from kdkernels.backends.reference import ReferenceBackend
+from kdkernels.backends.triton_device import current, has_double, launch_options
 from kdkernels.backends.triton_mixture import in_two_parts
 from kdkernels.divergences import DIVERGENCES, PerRow, Term
 from kdkernels.reference import accumulation_dtype
@@ -34,6 +36,7 @@ SCRATCH_BYTES = 1 << 27  # of all programs
 PROGRAMS = 1024
 BLOCK = 256  # classes at a time: more of them to a thread would spill its registers
 PER_THREAD = 1
+REGISTERS = 255  # of a thread
 LEAST_BLOCK = 64  # AMD's warps
 KEPT = 16
 NUMBERS = 32  # that one launch writes into the table
@@ -315,7 +318,6 @@ def _table(kernels: ModuleType, plan: _Plan, teachers: _Teachers, device: torch.
 
 def run(
     kernels: ModuleType,
-    launched: Callable[[int], dict[str, Any]],  # how programs of so many threads run
     student: Tensor,
     teacher: Teacher,
     labels: Tensor | None,
@@ -327,6 +329,16 @@ def run(
     tensors: PerRow,
 ) -> Result:
     """As a backend's."""
+    if not has_double(student.device.type, student.device.index):
+        warnings.warn(
+            "kdkernels uses the slower reference: the GPU has no float64, and only the kernels of "
+            "simple divergences do without",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        student = student if inplace or not want_grad else student.detach().clone()
+        rest = (teacher, labels, weight, options, want_terms, want_grad, inplace, tensors)
+        return ReferenceBackend().run(student, *rest)
     call = _Call(student, teacher, labels, weight, options, want_terms, tensors)
     source, student_rows = laid_out(student)
     grad, grad_rows = None, student_rows
@@ -339,7 +351,8 @@ def run(
         grad[..., call.classes :] = 0  # which are no part of the loss
     grad_scale = call.grad_scale(want_grad)
     if student.numel() > 0:
-        call.launch(kernels, launched, source, student_rows, grad, grad_rows, grad_scale)
+        with current(student.device):
+            call.launch(kernels, source, student_rows, grad, grad_rows, grad_scale)
     if grad is not None and inplace and source is not student:
         grad = student.detach().copy_(grad)
     loss, soft, hard = call.reduced()
@@ -401,7 +414,6 @@ class _Call:
     def launch(
         self,
         kernels: ModuleType,
-        launched: Callable[[int], dict[str, Any]],
         source: Tensor,
         student_rows: tuple[int, int, int],
         grad: Tensor | None,
@@ -441,7 +453,7 @@ class _Call:
             DISTILL_IGNORED=self.options.distill_ignored,
             TAIL=teachers.tail,
             BLOCK=block,
-            **launched(block // PER_THREAD),
+            **launch_options(block // PER_THREAD, self.student.get_device(), REGISTERS),
         )
 
     def reduced(self) -> tuple[Tensor, Tensor, Tensor]:
