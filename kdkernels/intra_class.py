@@ -6,7 +6,7 @@ row by row can have it. PyTorch makes it, beside the compiled part.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,27 +27,37 @@ class _OneMinusCorrelation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, p: Tensor, active: Tensor) -> Tensor:  # type: ignore[override]
-        (b, of_q), (a, of_p) = _unit_columns(q, active), _unit_columns(p, active)
-        both = (of_p > 0) & (of_q > 0)  # a constant column is correlated with nothing
-        difference = b - a
-        # Half the squared distance of unit vectors does not cancel.
-        distance = torch.where(both, difference.square().sum(0) / 2, 1.0)
+        columns = _compare(q, p, active)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(q, p, active)
-            scale = torch.where(both, of_q / q.shape[1], 0.0)
-            ctx.grad = difference.addcmul_(b, distance, value=-1).mul_(scale)
-        return torch.where(active.any(), distance.mean(), distance.new_zeros(()))
+            ctx.grad = columns.gradient()
+        nothing = columns.distance.new_zeros(())
+        return torch.where(active.any(), columns.distance.mean(), nothing)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        if not torch.is_grad_enabled():
-            return ctx.grad * incoming, None, None
-        q, p, active = ctx.saved_tensors
-        (b, of_q), (a, of_p) = _unit_columns(q, active), _unit_columns(p, active)
-        both = (of_p > 0) & (of_q > 0)
-        distance = torch.where(both, (b - a).square().sum(0) / 2, 1.0)
-        grad = (b - a - distance * b) * torch.where(both, of_q / q.shape[1], 0.0)
+        again = torch.is_grad_enabled()  # for a second derivative
+        grad = _compare(*ctx.saved_tensors).gradient() if again else ctx.grad
         return grad * incoming, None, None
+
+
+class _Columns(NamedTuple):
+    student: Tensor  # unit vectors b, (N, C)
+    difference: Tensor  # b - a
+    distance: Tensor  # 1 - a·b, (C,)
+    scale: Tensor  # of the gradient: 1 / (C |q|), (C,)
+
+    def gradient(self) -> Tensor:
+        return torch.addcmul(self.difference, self.student, self.distance, value=-1) * self.scale
+
+
+def _compare(q: Tensor, p: Tensor, active: Tensor) -> _Columns:
+    (b, of_q), (a, of_p) = _unit_columns(q, active), _unit_columns(p, active)
+    both = (of_p > 0) & (of_q > 0)  # a constant column is correlated with nothing
+    difference = b - a
+    # Half the squared distance of unit vectors does not cancel.
+    distance = torch.where(both, difference.square().sum(0) / 2, 1.0)
+    return _Columns(b, difference, distance, torch.where(both, of_q / q.shape[1], 0.0))
 
 
 def _unit_columns(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
