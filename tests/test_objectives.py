@@ -50,6 +50,21 @@ def test_objective(backend, dtype, c, name):
         compare(expected, s, t, y, backend, divergence=name, temperature=T, alpha=alpha, **more)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("near", [1e-2, 1e-4])
+@pytest.mark.parametrize("c", [3, 100, 5000])
+def test_a_student_next_to_its_teacher(name, near, c):
+    """Where float32 would lose what little is left of the gradient, it is computed in double."""
+    more = WITHIN_ROWS if name == "dist" else {}
+    s, t, y = inputs(8, c, 4.0)
+    s = t + near * s
+    formula = OBJECTIVES[name]
+    expected = truth(
+        lambda row, t, label, i: formula(row, t[i].double(), label, 2.0), s, t, y, alpha=1.0
+    )
+    compare(expected, s, t, y, "cpu", divergence=name, temperature=2.0, alpha=1.0, **more)
+
+
 def test_their_papers_temperatures_are_the_defaults():
     s, t, y = inputs(4, 10)
     for name, T in (("nkd", 1.0), ("wsld", 4.0), ("dist", 1.0), ("hard", 1.0), ("dkd", 4.0)):
