@@ -31,8 +31,11 @@ ROOT = Path(__file__).parent
 SOURCES = [
     "bindings.cpp",
     "cpu/run.cpp",
+    "cpu/columns.cpp",
     "cpu/memory.cpp",
     "cpu/parallel.cpp",
+    "cpu/pieces.cpp",
+    "cpu/sets.cpp",
     "cpu/rows_portable.cpp",
 ]
 # The flags are those of the unit alone: AVX code anywhere else would crash machines without it.

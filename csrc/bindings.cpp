@@ -12,9 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/columns.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/run.h"
+#include "cpu/sets.h"
 #include "plan_bindings.h"
 #include "tensors.h"
 
@@ -178,6 +180,29 @@ double run_plain(const Options& options, py::handle student, py::handle teacher,
   return run(p, options, l.data, nullptr, nullptr, threads);
 }
 
+double compare_columns(uintptr_t student, uintptr_t teacher, uintptr_t active, uintptr_t grad,
+                       const Rows& student_rows, const Rows& teacher_rows, int64_t rows,
+                       int64_t classes, int student_dtype, int teacher_dtype, bool in_float64,
+                       double temperature, double teacher_temperature, double scale, int threads) {
+  KdColumns c = {};
+  c.student = pointer<const void>(student);
+  c.teacher = pointer<const void>(teacher);
+  c.active = pointer<const bool>(active);
+  c.grad = pointer<void>(grad);
+  c.student_rows = rows_of(student_rows);
+  c.teacher_rows = rows_of(teacher_rows);
+  c.rows = rows;
+  c.classes = classes;
+  c.student_dtype = static_cast<KdDtype>(student_dtype);
+  c.teacher_dtype = static_cast<KdDtype>(teacher_dtype);
+  c.in_float64 = in_float64;
+  c.temperature = temperature;
+  c.teacher_temperature = teacher_temperature;
+  c.scale = scale;
+  const py::gil_scoped_release unlocked;
+  return kd_compare_columns(c, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -193,6 +218,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("is_plain", &is_plain);
   m.def("run_plain", &run_plain);
+  m.def("compare_columns", &compare_columns);
   py::class_<KdMemory>(m, "Memory", py::buffer_protocol())
       .def(py::init<size_t>())
       .def_buffer([](const KdMemory& memory) {
@@ -200,6 +226,6 @@ PYBIND11_MODULE(_cpu, m) {
         return py::buffer_info(memory.data(), 1, "B", 1, {bytes}, {1});
       });
   m.def("release_memory", &kd_release_memory);
-  m.def("instruction_set", &kd_instruction_set);
+  m.def("instruction_set", [] { return kd_set().name; });
   m.def("openmp_library", &kd_openmp_library);
 }

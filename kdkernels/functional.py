@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backends
+from kdkernels.backends.base import graph_is_kept
 from kdkernels.backends.native import DTYPE_CODES
 from kdkernels.checks import check_inplace, check_tensors
 from kdkernels.divergences import PerRow
@@ -117,22 +118,11 @@ def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
             "student_logits hold their gradient (inplace=True) and were modified since; "
             "the gradient is lost"
         )
-    if _graph_is_kept():
+    if graph_is_kept():
         grad = grad.clone()  # what is handed over may be modified by whoever receives it
     else:
         ctx.grad = ctx.call = None
     return call.backend.scale(grad, incoming, ctx.grad_scale)
-
-
-def _always() -> bool:
-    return True
-
-
-# Whether the backward under way runs with retain_graph=True. torch has no public name for it; one
-# that drops this name costs a copy per backward, not the result.
-_graph_is_kept: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", _always
-)
 
 
 def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
@@ -370,7 +360,7 @@ def checked_loss(
             kind = KDMetrics if options.metrics else KDTerms
             result = kind(loss, soft, hard, *metrics)  # type: ignore[arg-type]
     if planned and options.intra_class > 0 and options.alpha > 0:
-        result = with_intra_class(result, student, teacher, labels, options, tensors)
+        result = with_intra_class(result, student, teacher, labels, options, tensors, chosen)
     if needs_grad and inplace:
         _Overwritten.apply(student)
     return result  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The part of DIST that lies across the batch: Huang et al. 2022, arXiv:2205.10536.
 
 Every class is compared over the rows, so that no row has a loss of its own, and no kernel that goes
-row by row can have it. PyTorch makes it, beside the compiled part.
+row by row can have it: on the CPU one of its own has, elsewhere PyTorch, beside the compiled part.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.backends import Backend
+from kdkernels.backends.base import graph_is_kept, scale_gradient
+from kdkernels.backends.cpu import CPUBackend
 from kdkernels.divergences import PerRow
 from kdkernels.options import Options
 from kdkernels.reference import accumulation_dtype, probabilities
@@ -18,8 +21,7 @@ from kdkernels.teachers import Teacher
 
 
 class _OneMinusCorrelation(torch.autograd.Function):
-    """The mean over the columns of 1 - Pearson's correlation of p and q in the rows that count,
-    in all others of which both are finite.
+    """The mean over the columns of 1 - Pearson's correlation of p and q in the rows that count.
 
     The gradient is made in the forward: with unit vectors a, b of the centred columns it is
     (b - a - d b) / |q| where d = 1 - a·b, a fifth of what autograd would go through.
@@ -53,11 +55,11 @@ class _Columns(NamedTuple):
 
 def _compare(q: Tensor, p: Tensor, active: Tensor) -> _Columns:
     (b, of_q), (a, of_p) = _unit_columns(q, active), _unit_columns(p, active)
-    both = (of_p > 0) & (of_q > 0)  # a constant column is correlated with nothing
+    either = (of_p == 0) | (of_q == 0)  # a constant column is correlated with nothing
     difference = b - a
     # Half the squared distance of unit vectors does not cancel.
-    distance = torch.where(both, difference.square().sum(0) / 2, 1.0)
-    return _Columns(b, difference, distance, torch.where(both, of_q / q.shape[1], 0.0))
+    distance = torch.where(either, 1.0, difference.square().sum(0) / 2)
+    return _Columns(b, difference, distance, torch.where(either, 0.0, of_q / q.shape[1]))
 
 
 def _unit_columns(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,76 @@ def _unit_columns(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return centred * scale, scale
 
 
+class _Call(NamedTuple):
+    """What is compared with the student logits."""
+
+    teacher: Teacher
+    labels: Tensor | None
+    options: Options
+    tensors: PerRow
+
+    def by_autograd(self, student: Tensor) -> Tensor:
+        p, q, active = probabilities(student, self.teacher, self.labels, self.options, self.tensors)
+        columns: Tensor = _OneMinusCorrelation.apply(q, p, active)
+        count = active.sum() if self.options.reduction == "sum" else 1
+        return (columns * self.factor * count).to(accumulation_dtype(student.dtype))
+
+    @property
+    def factor(self) -> float:
+        """What the mean over the columns is multiplied with in the loss, but for the rows' sum."""
+        o = self.options
+        weight = next(term.weight for term in o.divergence if term.name == "dist")
+        t2 = o.temperature**2 if o.scale_by_t2 else 1.0
+        return o.alpha * o.intra_class * weight * t2
+
+    def is_plain(self, student: Tensor) -> bool:
+        """Whether the logits are compared as they are."""
+        o, classes = self.options, student.shape[-1]
+        whole = isinstance(self.teacher, Tensor) and self.teacher.shape[-1] == classes
+        as_they_are = o.softcap is None and o.student_scale == o.teacher_scale == 1
+        return whole and as_they_are and not self.tensors and o.num_classes in (None, classes)
+
+    def active(self, student: Tensor) -> Tensor:
+        """Which rows take part: (...), bool."""
+        if self.labels is None or self.options.distill_ignored:
+            return torch.ones(student.shape[:-1], dtype=torch.bool)
+        return self.labels != self.options.ignore_index
+
+
+class _Compiled(torch.autograd.Function):
+    """The same of the logits by the CPU's kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, call: _Call, backend: CPUBackend) -> Tensor:  # type: ignore[override]
+        assert isinstance(call.teacher, Tensor)
+        active = call.active(student)
+        factor = call.factor
+        if call.options.reduction == "sum":
+            factor *= int(active.sum())
+        wanted = ctx.needs_input_grad[0]
+        value, ctx.grad = backend.compare_columns(
+            student, call.teacher, active, call.options, factor, wanted
+        )
+        if wanted:
+            ctx.call = call
+            ctx.save_for_backward(student)
+        return torch.tensor(factor * value, dtype=accumulation_dtype(student.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (student,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            value = ctx.call.by_autograd(student)
+            (grad,) = torch.autograd.grad(value, student, incoming, create_graph=True)
+            return grad, None, None
+        grad = ctx.grad
+        if graph_is_kept():
+            grad = grad.clone()  # what is handed over may be modified by whoever receives it
+        else:
+            ctx.grad = None
+        return scale_gradient(grad, incoming, 1.0).to(student.dtype), None, None
+
+
 def with_intra_class(
     result: Any,
     student: Tensor,
@@ -77,17 +149,16 @@ def with_intra_class(
     labels: Tensor | None,
     options: Options,
     tensors: PerRow,
+    backend: Backend,
 ) -> Any:
     """``result``, a loss or named terms, with alpha · T² · dist_gamma · the mean over the classes
     of 1 - Pearson's correlation of their columns added."""
-    p, q, active = probabilities(student, teacher, labels, options, tensors)
-    columns = _OneMinusCorrelation.apply(q, p, active)
-    factor = options.temperature**2 if options.scale_by_t2 else 1.0
-    count = active.sum() if options.reduction == "sum" else 1
-    weight = next(term.weight for term in options.divergence if term.name == "dist")
-    soft = columns * (options.intra_class * factor * weight) * count
-    soft = soft.to(accumulation_dtype(student.dtype))
+    call = _Call(teacher, labels, options, tensors)
+    if isinstance(backend, CPUBackend) and call.is_plain(student):
+        added = _Compiled.apply(student, call, backend)
+    else:
+        added = call.by_autograd(student)
     if isinstance(result, Tensor):
-        return result + options.alpha * soft
-    added = {"loss": result.loss + options.alpha * soft, "soft": result.soft + soft.detach()}
-    return result._replace(**added)
+        return result + added
+    soft = result.soft + added.detach() / options.alpha
+    return result._replace(loss=result.loss + added, soft=soft)

@@ -6,7 +6,7 @@
 // few classes are computed side by side instead, one in each lane.
 //
 // This source is compiled once per instruction set by the two-line files beside it. All of it has
-// internal linkage, but for the one entry point: an inline function shared by the linker could
+// internal linkage, but for the two entry points: an inline function shared by the linker could
 // bring AVX code to a machine without AVX.
 #include <math.h>
 #include <stdint.h>
@@ -14,6 +14,7 @@
 
 #include <utility>
 
+#include "columns.h"
 #include "problem.h"
 
 #if defined(__AVX2__)
@@ -53,6 +54,8 @@ namespace {
 #include "groups.inl"
 
 #include "narrow.inl"
+
+#include "columns.inl"
 
 // Rows of one kind that are under way together. What is left over of them goes its own way.
 void visit_group(const KdProblem& p, Group& group, char* scratch) {
@@ -100,4 +103,10 @@ extern "C" void KD_ENTRY(const KdProblem& p, int64_t begin, int64_t end, char* s
   for (Group& group : groups)
     if (group.count) visit_group(p, group, scratch);
   if (p.stream) finish_streams();
+}
+
+extern "C" void KD_COLUMNS_ENTRY(const KdColumns& c, KdColumnsStep step, int64_t begin, int64_t end,
+                                 char* scratch) {
+  c.in_float64 ? visit_columns<double>(c, step, begin, end, scratch)
+               : visit_columns<float>(c, step, begin, end, scratch);
 }

@@ -1,14 +1,11 @@
 #include "run.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <vector>
 
-#include "parallel.h"
+#include "pieces.h"
+#include "sets.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,32 +14,6 @@
 namespace {
 
 #include "../row_math.inl"
-
-struct InstructionSet {
-  const char* name;
-  KdRowsFn rows;
-};
-
-InstructionSet choose() {
-  const InstructionSet portable = {"portable", kd_rows_portable};
-#if defined(KD_X86_SETS)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
-  const char* asked = std::getenv("KDKERNELS_CPU");
-  const auto wanted = [&](const char* name) { return !asked || !std::strcmp(asked, name); };
-  if (avx512 && wanted("avx512")) return {"avx512", kd_rows_avx512};
-  if (avx2 && wanted("avx2")) return {"avx2", kd_rows_avx2};
-#endif
-  return portable;
-}
-
-const InstructionSet& instruction_set() {
-  static const InstructionSet chosen = choose();
-  return chosen;
-}
 
 // Below this many elements (rows * classes) waking a second thread costs more than
 // it saves: see benchmarks/NOTES.md.
@@ -128,60 +99,14 @@ void ask_for_huge_pages(const KdProblem& p) {
 #endif
 }
 
-struct Deleter {
-  void operator()(char* memory) const { std::free(memory); }
-};
-
-// Kept from call to call: fresh pages would have to be faulted in each time.
-char* scratch_of_this_thread(int64_t bytes) {
-  thread_local std::unique_ptr<char, Deleter> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    size = 0;
-    const size_t rounded = static_cast<size_t>((bytes + 63) / 64 * 64);
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
-    if (!memory) throw std::bad_alloc();
-    size = static_cast<int64_t>(rounded);
-  }
-  return memory.get();
-}
-
-struct Job {
-  const KdProblem* problem;
-  int64_t piece, scratch_bytes;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-};
-
-void work(void* argument) {
-  Job& job = *static_cast<Job*>(argument);
-  try {
-    char* scratch = scratch_of_this_thread(job.scratch_bytes);
-    for (;;) {
-      const int64_t begin = job.next.fetch_add(job.piece);
-      if (begin >= job.problem->rows) return;
-      const int64_t end = std::min(begin + job.piece, job.problem->rows);
-      instruction_set().rows(*job.problem, begin, end, scratch);
-    }
-  } catch (const std::bad_alloc&) {
-    job.out_of_memory = true;
-  }
+void visit_piece(const void* problem, int64_t begin, int64_t end, char* scratch) {
+  kd_set().rows(*static_cast<const KdProblem*>(problem), begin, end, scratch);
 }
 
 void visit_rows(const KdProblem& p, int threads) {
-  Job job;
-  job.problem = &p;
-  job.scratch_bytes = (kd_scratch_size(p) + kd_plan_size(p)) * 8;
-  const int64_t total = p.rows * p.classes;
-  if (threads > 1 && p.rows > 1 && total >= kParallelWork && kd_can_parallel()) {
-    const int64_t share = (p.rows + threads - 1) / threads;
-    job.piece = std::min(share, std::max<int64_t>(1, kPieceWork / p.classes));
-    kd_parallel(static_cast<int>(std::min<int64_t>(threads, p.rows)), work, &job);
-  } else {
-    job.piece = p.rows;
-    work(&job);
-  }
-  if (job.out_of_memory) throw std::bad_alloc();
+  const bool is_small = p.rows * p.classes < kParallelWork;
+  kd_in_pieces(p.rows, is_small ? p.rows : kPieceWork / p.classes, is_small ? 1 : threads,
+               (kd_scratch_size(p) + kd_plan_size(p)) * 8, visit_piece, &p);
 }
 
 double sum(const double* values, int64_t n) {
@@ -191,8 +116,6 @@ double sum(const double* values, int64_t n) {
 }
 
 }  // namespace
-
-const char* kd_instruction_set() { return instruction_set().name; }
 
 KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
   const Counts counts = count(p);

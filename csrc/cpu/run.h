@@ -8,6 +8,3 @@ struct KdStatus {
 };
 
 KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads);
-
-// The instruction set in use: the best of this machine, or the one KDKERNELS_CPU names.
-const char* kd_instruction_set();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -56,6 +57,17 @@ def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -
     # 0 * inf: what has no gradient, such as an ignored row, has none whatever comes in.
     nothing = grad == 0
     return grad.mul_(factor).masked_fill_(nothing, 0)
+
+
+def _always() -> bool:
+    return True
+
+
+# Whether the backward under way runs with retain_graph=True. torch has no public name for it; one
+# that drops this name costs a copy per backward, not the result.
+graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", _always
+)
 
 
 # Of what can be asked for, what is left to PyTorch: only the reference has it.

@@ -202,6 +202,49 @@ class CPUBackend:
         metrics = () if plan is None else plan.reduced(student, labels, options, tensors)
         return Result(loss, soft, hard, grad, grad_scale, metrics)
 
+    def compare_columns(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        active: Tensor,
+        options: Options,
+        scale: float,
+        want_grad: bool,
+    ) -> tuple[float, Tensor | None]:
+        """The mean over the classes of 1 - the correlation of their columns, and ``scale`` times
+        its gradient, in the dtype of the loss.
+
+        Args:
+            student, teacher: (..., C), compared at the temperatures of ``options``.
+            active: (...), bool: the rows that count.
+        """
+        dtype = accumulation_dtype(student.dtype)
+        of_student, student_rows = laid_out(student)
+        of_teacher, teacher_rows = laid_out(teacher)
+        active = active.contiguous()
+        grad = None
+        if want_grad:
+            is_wide = dtype == student.dtype
+            grad = _new_gradient(student) if is_wide else torch.empty(student.shape, dtype=dtype)
+        value: float = _cpu.compare_columns(
+            address("student_logits", of_student),
+            address("teacher_logits", of_teacher),
+            active.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            student_rows,
+            teacher_rows,
+            student.shape[:-1].numel(),
+            student.shape[-1],
+            DTYPE_CODES[student.dtype],
+            DTYPE_CODES[teacher.dtype],
+            dtype == torch.float64,
+            options.temperature,
+            options.teacher_temperature or options.temperature,
+            scale,
+            torch.get_num_threads(),
+        )
+        return value, grad
+
 
 class PlainCPUBackend(CPUBackend):
     """The short way to the same kernels, for calls that need no preparation.

@@ -27,7 +27,7 @@ if [ "$(uname -m)" = x86_64 ]; then
     if grep -qw "$set" /proc/cpuinfo; then sets="$sets ${set%f}"; fi
   done
 fi
-for source in csrc/cpu/run.cpp csrc/cpu/parallel.cpp csrc/cpu/rows_portable.cpp \
+for source in csrc/cpu/{run,columns,parallel,pieces,sets,rows_portable}.cpp \
               tests/native/test_rows.cpp; do compile "$source"; done
 wait_for_all
 # -lgomp: in a Python process torch brings the OpenMP runtime, here nobody else does.

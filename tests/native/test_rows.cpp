@@ -297,6 +297,6 @@ int main() {
     failed += !(status.bad_label_row == 0 && loss == 7 && grad[0] == 7 && grad[1] == 7);
     ++done;
   }
-  std::printf("%s: %d native cases, %d failed\n", kd_instruction_set(), done, failed);
+  std::printf("%s: %d native cases, %d failed\n", kd_set().name, done, failed);
   return failed != 0;
 }
