@@ -10,7 +10,7 @@
 namespace {
 
 // A tile's p and q, which are looked at three times, are to stay in the second cache.
-constexpr int64_t kTileBytes = int64_t{1} << 19;
+constexpr int64_t kTileBytes = int64_t{1} << 20;
 constexpr int64_t kPieceWork = 32768;
 // Below this many elements waking a second thread costs more than it saves.
 constexpr int64_t kParallelWork = 8192;

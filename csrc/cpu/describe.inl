@@ -32,24 +32,36 @@ int64_t first_at(const Real* row, int64_t n, Real value) {
 template <typename Real>
 Description<Real> describe(const Real* row, int64_t n, double temperature, int64_t hole) {
   typedef Vec<Real> V;
-  const Real none = -INFINITY;
-  V largest = splat(none);
-  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    V x = part.get(row + i, none);
-    if (hole >= i && hole < i + Lanes<Real>::kCount) x[hole - i] = none;
-    largest = x > largest ? x : largest;
-  });
-  const Real max = highest<Real>(largest);
+  constexpr int L = Lanes<Real>::kCount;
+  const int64_t before = hole < 0 ? n : hole, after = hole < 0 ? n : hole + 1;
+  const Real first = highest_of(row, before), second = highest_of(row + after, n - after);
+  const Real max = first > second ? first : second;
   const Exponent<Real> exponent(kLog2E / temperature);
   const V top = splat(reference_of(max)), lowest = splat(lowest_number(Real()));
   WideSum<Real> sum, moment;
-  each<Real>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    V x = part.get(row + i, none);
-    if (hole >= i && hole < i + Lanes<Real>::kCount) x[hole - i] = none;
-    const V distance = at_least(x - top, lowest), e = exp2_scaled<Real>(distance, exponent);
-    sum.add(e);
-    moment.add(e == (Real)0 ? V{} : e * distance);
-  });
+  auto sweep = [&](const Real* from, int64_t size) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + 4 * L <= size; i += 4 * L) {
+      V e[4], product[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        e[k] = product[k] = at_least(load(from + i + k * L) - top, lowest);
+      exp2_scaled<Real>(e, exponent);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) product[k] *= e[k];
+      sum.add(e[0] + e[1]);
+      sum.add(e[2] + e[3]);
+      moment.add((product[0] + product[1]) + (product[2] + product[3]));
+    }
+    each<Real>(size - i, [&](int64_t k, auto part) __attribute__((always_inline)) {
+      const V distance = at_least(part.get(from + i + k, (Real)-INFINITY) - top, lowest);
+      const V e = exp2_scaled<Real>(distance, exponent);
+      sum.add(e);
+      moment.add(e * distance);
+    });
+  };
+  sweep(row, before);
+  sweep(row + after, n - after);
   Description<Real> d = {(double)max, sum.total(), moment.total() / temperature};
   if (d.sum != d.sum) d.max = NAN;
   return d;
