@@ -84,6 +84,24 @@ def run_plain(
     threads: int,
 ) -> float: ...
 
+def compare_columns(
+    student: int,
+    teacher: int,
+    active: int,
+    grad: int,
+    student_rows: tuple[int, int, int],
+    teacher_rows: tuple[int, int, int],
+    rows: int,
+    classes: int,
+    student_dtype: int,
+    teacher_dtype: int,
+    in_float64: bool,
+    temperature: float,
+    teacher_temperature: float,
+    scale: float,
+    threads: int,
+) -> float: ...
+
 class Memory:
     """Kept from one large gradient to the next; offers the buffer protocol."""
 

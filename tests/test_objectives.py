@@ -546,3 +546,100 @@ def test_what_is_wrong_is_named(options, message):
     s, t, y = inputs(3, 5)
     with pytest.raises(ValueError, match=message):
         kd_loss(s, t, y, **options)
+
+
+# ---- across the batch ----------------------------------------------------------------------------
+
+
+def columns_truth(s, t, rows, T, teacher_T, gamma):
+    """gamma · T² · the mean over the classes of 1 - Pearson of p and q in ``rows``, in float64."""
+    x = s.double().requires_grad_()
+    q, p = torch.softmax(x[rows] / T, -1), torch.softmax(t.double()[rows] / teacher_T, -1)
+    distances = []
+    for k in range(s.shape[-1]):
+        a, b = p[:, k] - p[:, k].mean(), q[:, k] - q[:, k].mean()
+        constant = a.norm() <= 1e-12 or b.norm() <= 1e-12
+        distances.append(torch.tensor(1.0) if constant else 1 - a @ b / (a.norm() * b.norm()))
+    loss = gamma * T**2 * sum(distances) / len(distances)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+@pytest.mark.parametrize("dtype", GRAD_BOUND)
+@pytest.mark.parametrize(("n", "c"), [(4, 3), (7, 16), (40, 17), (64, 600)])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 12.0])
+def test_the_columns_of_a_batch(dtype, n, c, scale):
+    """Compiled on the CPU; the teacher is of another type, both lie in memory as slices do."""
+    torch.manual_seed(n + c)
+    s, t = ((torch.randn(n, c + 3) * scale).to(d)[:, :c] for d in (dtype, torch.float32))
+    y = torch.randint(c, (n,))
+    y[n // 2] = -100
+    t[n // 2] = s[n // 2] = math.nan
+    if c > 3:
+        s[0, 1] = t[0, 1] = t[1, 2] = -INF
+    options = {"dist_beta": 0.0, "dist_gamma": 0.7, "temperature": 2.0, "alpha": 1.0}
+    x = s.detach().requires_grad_()
+    loss = kd_loss(x, t, y, divergence="dist", teacher_temperature=1.5, backend="cpu", **options)
+    scaler = 2.0**12  # as one would for float16
+    grad = torch.autograd.grad(loss * scaler, x)[0].double() / scaler
+    expected, truth_grad = columns_truth(s, t, y != -100, 2.0, 1.5, 0.7)
+    assert abs(loss.double() - expected) <= LOSS_BOUND * (1 + expected)
+    bound = GRAD_BOUND[dtype] * truth_grad.norm() + 1e-30
+    assert (grad - truth_grad).norm() <= bound
+    assert grad[n // 2].eq(0).all()
+
+
+def test_the_columns_of_a_batch_sum_with_what_autograd_does():
+    """Scaled from above, twice through a kept graph, summed, and without a gradient."""
+    s, t, y = inputs(9, 33, 2.0)
+    options = {"divergence": "dist", "temperature": 2.0, "alpha": 0.6}
+    for reduction in ("mean", "sum"):
+        grads, losses = [], []
+        for backend_name in ("cpu", "reference"):
+            x = s.clone().requires_grad_()
+            loss = kd_loss(x, t, y, backend=backend_name, reduction=reduction, **options)
+            (3 * loss).backward(retain_graph=True)
+            (-loss).backward()
+            grads.append(x.grad), losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(kd_loss(s, t, y, reduction="sum", **options), losses[0])
+
+
+def test_columns_of_equal_logits_have_no_distance():
+    s, _, y = inputs(9, 33, 2.0)
+    x = s.clone().requires_grad_()
+    loss = kd_loss(x, s, y, divergence="dist", alpha=1.0)
+    loss.backward()
+    assert 0 <= loss <= LOSS_BOUND
+    assert x.grad.abs().max() <= 1e-6
+
+
+def test_columns_are_the_same_bits_for_any_number_of_threads():
+    s, t, y = inputs(65, 700, 2.0)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        x = s.clone().requires_grad_()
+        loss = kd_loss(x, t, y, divergence="dist")
+        loss.backward()
+        found.append((loss.detach(), x.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_nan_is_not_taken_for_a_constant_column():
+    s, t, y = inputs(5, 4)
+    t[2, 1] = math.nan
+    for backend_name in ("cpu", "reference"):
+        loss = kd_loss(s, t, y, divergence="dist", dist_beta=0.0, alpha=1.0, backend=backend_name)
+        assert loss.isnan()
+
+
+def test_columns_of_ignored_rows_alone_are_nothing():
+    s, t, y = inputs(5, 4)
+    x = s.clone().requires_grad_()
+    loss = kd_loss(x, t, torch.full_like(y, -100), divergence="dist")
+    loss.backward()
+    assert loss == 0
+    assert x.grad.eq(0).all()

@@ -93,17 +93,25 @@ Real highest_of(const Real* row, int64_t n) {
 
 template <typename Real>
 Real highest_or_nan(const Real* row, int64_t n) {
-  Vec<Real> largest = splat((Real)-INFINITY);
-  bool is_nan = false;
-  for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t size = n - first < kBlock ? n - first : kBlock;
-    Vec<Real> strange = {};  // 0 but for a NaN
-    each<Real>(size, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      const Vec<Real> x = part.get(row + first + i, (Real)-INFINITY), none = {};
-      largest = x > largest ? x : largest;
-      strange += x == x ? none : x;
-    });
-    is_nan |= any(strange != strange);
+  typedef Vec<Real> V;
+  constexpr int L = Lanes<Real>::kCount, kChains = 4;
+  const V none = splat((Real)-INFINITY);
+  V largest[kChains] = {none, none, none, none};
+  decltype(none != none) strange[kChains] = {};
+  auto step = [&](V x, int chain) __attribute__((always_inline)) {
+    largest[chain] = at_least(largest[chain], x);
+    strange[chain] |= x != x;
+  };
+  int64_t i = 0;
+  for (; i + kChains * L <= n; i += kChains * L)
+#pragma GCC unroll 4
+    for (int k = 0; k < kChains; ++k) step(load(row + i + k * L), k);
+  each<Real>(n - i, [&](int64_t k, auto part) __attribute__((always_inline)) {
+    step(part.get(row + i + k, (Real)-INFINITY), 0);
+  });
+  for (int k = 1; k < kChains; ++k) {
+    step(largest[k], 0);
+    strange[0] |= strange[k];
   }
-  return is_nan ? (Real)NAN : highest<Real>(largest);
+  return any(strange[0]) ? (Real)NAN : highest<Real>(largest[0]);
 }

@@ -9,7 +9,9 @@
 #include <random>
 #include <vector>
 
+#include "columns.h"
 #include "cpu/run.h"
+#include "cpu/sets.h"
 #include "plans.h"
 
 namespace {
@@ -279,6 +281,12 @@ int main() {
           failed += !check_plan(static_cast<PlanKind>(kind), classes, dtype, grad, inplace, random);
           ++done;
         }
+  for (int64_t rows : {1, 2, 3, 40})
+    for (int64_t classes : {1, 2, 7, 16, 17, 511, 513, 2049, 4133})
+      for (const KdDtype teacher : {kFloat32, kFloat16, kBFloat16, kFloat64}) {
+        failed += !check_columns(rows, classes, teacher, random);
+        ++done;
+      }
   // Labels out of range are reported before anything is written.
   float logits[2] = {1, 2}, grad[2] = {7, 7}, loss = 7;
   for (int64_t bad : {int64_t{2}, int64_t{-1}, std::numeric_limits<int64_t>::max()}) {
