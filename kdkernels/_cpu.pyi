@@ -83,7 +83,6 @@ def run_plain(
     loss: Tensor,
     threads: int,
 ) -> float: ...
-
 def compare_columns(
     student: int,
     teacher: int,

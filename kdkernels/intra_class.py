@@ -131,8 +131,9 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (student,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
-            value = ctx.call.by_autograd(student)
-            (grad,) = torch.autograd.grad(value, student, incoming, create_graph=True)
+            alias = student.view_as(student)  # whose hooks are for this gradient alone
+            value = ctx.call.by_autograd(alias)
+            (grad,) = torch.autograd.grad(value, alias, incoming, create_graph=True)
             return grad, None, None
         grad = ctx.grad
         if graph_is_kept():

@@ -643,3 +643,19 @@ def test_columns_of_ignored_rows_alone_are_nothing():
     loss.backward()
     assert loss == 0
     assert x.grad.eq(0).all()
+
+
+def test_hooks_of_the_logits_run_once_for_a_second_derivative_of_the_columns():
+    s, t, y = inputs(5, 4, dtype=torch.float64)
+    leaf = s.requires_grad_()
+    x, calls = leaf * 1, []
+    x.register_hook(lambda grad: calls.append(grad))
+    loss = kd_loss(x, t, y, divergence="dist", backend="cpu")
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert len(calls) == 1
+    grad.square().sum().backward()
+    assert leaf.grad.isfinite().all()
+    freed = kd_loss(leaf, t, y, divergence="dist", backend="cpu")
+    freed.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        freed.backward()

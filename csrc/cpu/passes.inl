@@ -220,9 +220,31 @@ struct Passes {
 
   // As if the largest class were all that the teacher says.
   double only(KdProblem& q, int64_t largest, double value) {
-    known[0] = {largest, 0, value == value ? 0 : (double)NAN, 0, 0};
     q.term[0].kind = kForwardKL;
+    const bool wants_hard = p.want_hard && label && !hard_is_had && is_plain();
+    if (wants_hard && q.temperature == 1 && !p.plan->standardize && value == value)
+      return with_label(q, largest);
+    known[0] = {largest, 0, value == value ? 0 : (double)NAN, 0, 0};
     return of_known(q, 1, kRenormalize);
+  }
+
+  // And the label in the same sweep: of two classes by the shares that they have in the gradient.
+  double with_label(KdProblem& q, int64_t largest) {
+    const int64_t target = q.label(0);
+    const int count = target == largest ? 1 : 2;
+    const double of_soft = q.scales.soft_scale, of_hard = weight * p.scales.hard_scale;
+    const double all = of_soft + of_hard;
+    if (count == 1 || all == 0) {
+      known[0] = {largest, 0, 0, 0, 0}, known[1] = {target, 0, -INFINITY, 0, 0};
+    } else {
+      known[0] = {largest, 0, log(of_soft / all), 0, 0};
+      known[1] = {target, 0, log(of_hard / all), 0, 0};
+    }
+    q.scales.soft_scale = all;
+    q.alpha = 1, q.want_hard = true;
+    of_known(q, count, kRenormalize);
+    hard_is_had = true, hard = weight * -known[count - 1].log_q;
+    return q.soft_factor * -known[0].log_q;
   }
 
   double teacher_label(KdProblem& q) {

@@ -41,9 +41,9 @@ KD_INLINE int64_t kd_scratch_size(const KdProblem& p) {
 }
 
 // For a plan: the row as it is computed with, of student and teacher, and its gradient, of one pass
-// and of all; and a row in double.
+// and of all; a row in double, and the classes of which a teacher says something, of two at least.
 KD_INLINE int64_t kd_plan_size(const KdProblem& p) {
-  return p.plan ? 6 * ((p.classes + 31) / 16 * 16) + 5 * (p.plan->top_k.k + 1) + 8 : 0;
+  return p.plan ? 6 * ((p.classes + 31) / 16 * 16) + 5 * (p.plan->top_k.k + 2) + 8 : 0;
 }
 
 // Rows [begin, end) with one instruction set; `scratch` is 64-byte aligned.
