@@ -14,19 +14,33 @@ struct Deleter {
   void operator()(char* memory) const { std::free(memory); }
 };
 
-// Kept from call to call: fresh pages would have to be faulted in each time.
-char* scratch_of_this_thread(int64_t bytes) {
-  thread_local std::unique_ptr<char, Deleter> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    size = 0;
-    const size_t rounded = static_cast<size_t>((bytes + 63) / 64 * 64);
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
-    if (!memory) throw std::bad_alloc();
-    size = static_cast<int64_t>(rounded);
+// Kept from call to call: fresh pages would have to be faulted in each time. What only very large
+// batches need is given back.
+constexpr int64_t kKeptBytes = int64_t{1} << 26;
+
+struct Scratch {
+  std::unique_ptr<char, Deleter> memory;
+  int64_t size = 0;
+
+  char* of(int64_t bytes) {
+    if (bytes > size) {
+      size = 0;
+      const size_t rounded = static_cast<size_t>((bytes + 63) / 64 * 64);
+      memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
+      if (!memory) throw std::bad_alloc();
+      size = static_cast<int64_t>(rounded);
+    }
+    return memory.get();
   }
-  return memory.get();
-}
+
+  void trim() {
+    if (size <= kKeptBytes) return;
+    memory.reset();
+    size = 0;
+  }
+};
+
+thread_local Scratch scratch_of_this_thread;
 
 struct Job {
   KdPieceFn fn;
@@ -39,12 +53,13 @@ struct Job {
 void take_pieces(void* argument) {
   Job& job = *static_cast<Job*>(argument);
   try {
-    char* scratch = scratch_of_this_thread(job.scratch_bytes);
+    char* const scratch = scratch_of_this_thread.of(job.scratch_bytes);
     for (;;) {
       const int64_t begin = job.next.fetch_add(job.piece);
-      if (begin >= job.total) return;
+      if (begin >= job.total) break;
       job.fn(job.work, begin, std::min(begin + job.piece, job.total), scratch);
     }
+    scratch_of_this_thread.trim();
   } catch (const std::bad_alloc&) {
     job.out_of_memory = true;
   }
