@@ -14,6 +14,7 @@ from torch import Tensor
 from kdkernels.backends import Backend
 from kdkernels.backends.base import graph_is_kept, scale_gradient
 from kdkernels.backends.cpu import CPUBackend
+from kdkernels.backends.triton_device import has_double
 from kdkernels.divergences import PerRow
 from kdkernels.options import Options
 from kdkernels.reference import accumulation_dtype, probabilities
@@ -72,6 +73,10 @@ def _unit_columns(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return centred * scale, scale
 
 
+def _has_double(device: torch.device) -> bool:
+    return device.type != "mps" and has_double(device.type, device.index)
+
+
 class _Call(NamedTuple):
     """What is compared with the student logits."""
 
@@ -81,7 +86,10 @@ class _Call(NamedTuple):
     tensors: PerRow
 
     def by_autograd(self, student: Tensor) -> Tensor:
-        p, q, active = probabilities(student, self.teacher, self.labels, self.options, self.tensors)
+        # A column's gradient is divided by its deviation, which may be next to nothing: in double,
+        # as the CPU's kernel, wherever the device has it.
+        wide = student.double() if _has_double(student.device) else student
+        p, q, active = probabilities(wide, self.teacher, self.labels, self.options, self.tensors)
         columns: Tensor = _OneMinusCorrelation.apply(q, p, active)
         count = active.sum() if self.options.reduction == "sum" else 1
         return (columns * self.factor * count).to(accumulation_dtype(student.dtype))

@@ -97,7 +97,6 @@ def test_whatever_else_is_asked_of_the_cpu_kernel_holds(module_path):
     all threads of a block share a row from 1,025 classes on."""
     long = "2049 or 5000 or 1000 or 3000 or many_blocks"
     of_others = "reference or named or wrong or disk or says or do_not_lift or derivative"
-    of_others += " or columns_of_a_batch"  # PyTorch's, in float32, beside these kernels
     left_out = f"{long} or {of_others} or learnable or value_and_gradient[1.0"
     ask_the_cpus_tests(
         module_path,
