@@ -25,11 +25,8 @@ struct KdColumns {
 // One after the other; each in pieces, of rows, tiles of columns, and rows.
 enum KdColumnsStep : int { kNormalise = 0, kCompare = 1, kFinish = 2 };
 
-// Doubles that one thread needs: a tile of p and of q, and a few numbers per column; or a row.
-KD_INLINE int64_t kd_columns_scratch(const KdColumns& c) {
-  const int64_t tile = (2 * c.count + 5) * c.width, row = (c.classes + 15) / 16 * 16;
-  return tile > row ? tile : row;
-}
+// Doubles that one thread needs: a tile of p and of q, and a few numbers per column.
+KD_INLINE int64_t kd_columns_scratch(const KdColumns& c) { return (2 * c.count + 5) * c.width; }
 
 // Pieces [begin, end) of a step with one instruction set; `scratch` is 64-byte aligned.
 typedef void (*KdColumnsFn)(const KdColumns& c, KdColumnsStep step, int64_t begin, int64_t end,

@@ -1,35 +1,15 @@
 // The columns of a batch compared: columns.h. Included inside an anonymous namespace, after
 // loops.inl.
 
-// The logits of a row from class `first` on as double: the row itself, or in `copy`.
-inline const double* wide_logits(const void* logits, KdDtype dtype, const KdRows& rows, int64_t row,
-                                 int64_t first, int64_t n, double* copy) {
-  const char* const from = (const char*)logits + rows.start(row) * element_size(dtype);
-  return survey(from, dtype, first, n, copy).values;
+// A row of logits.
+inline const char* row_at(const void* logits, KdDtype dtype, const KdRows& rows, int64_t row) {
+  return (const char*)logits + rows.start(row) * element_size(dtype);
 }
-
-// log of the sum of e^(v / T) over a row, a block at a time.
-inline double log_sum(const void* logits, KdDtype dtype, const KdRows& rows, int64_t row,
-                      int64_t classes, double temperature) {
-  const char* const from = (const char*)logits + rows.start(row) * element_size(dtype);
-  const double scale = kLog2E / temperature;
-  double max = -INFINITY, sum = 0, copy[kBlock];
-  for (int64_t first = 0; first < classes; first += kBlock) {
-    const int64_t n = classes - first < kBlock ? classes - first : kBlock;
-    const Block<double> block = survey(from, dtype, first, n, copy);
-    if (block.high > max) {
-      if (sum != 0) sum *= exp((max - block.high) / temperature);
-      max = block.high;
-    }
-    const double top = reference_of(max);
-    Vec<double> of_block = {};
-    each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      const Vec<double> x = part.get(block.values + i, (double)-INFINITY) - top;
-      of_block += x != x ? x : exp2_any<double>(x * scale);
-    });
-    sum += total(of_block);
-  }
-  return reference_of(max) / temperature + log(sum);
+inline const char* student_at(const KdColumns& c, int64_t row) {
+  return row_at(c.student, c.student_dtype, c.student_rows, row);
+}
+inline const char* teacher_at(const KdColumns& c, int64_t row) {
+  return row_at(c.teacher, c.teacher_dtype, c.teacher_rows, row);
 }
 
 // A tile of columns: p and q of the active rows, and numbers of each column.
@@ -49,9 +29,8 @@ struct Tile {
   }
 
   // The tile's rows lie far apart in memory, and nobody but us knows where the next ones are.
-  void fetch(const void* logits, KdDtype dtype, const KdRows& rows, int64_t row) const {
-    if (row >= c.rows) return;
-    const char* const from = (const char*)logits + (rows.start(row) + first) * element_size(dtype);
+  void fetch(const char* row, KdDtype dtype) const {
+    const char* const from = row + first * element_size(dtype);
     for (int64_t i = 0; i < n * element_size(dtype); i += 64) __builtin_prefetch(from + i);
   }
 
@@ -69,14 +48,14 @@ struct Tile {
   void load() const {
     double copy[kMaxWidth];
     for (int64_t row = 0, at = 0; row < c.rows; ++row) {
-      fetch(c.student, c.student_dtype, c.student_rows, row + 8);
-      fetch(c.teacher, c.teacher_dtype, c.teacher_rows, row + 8);
+      if (row + 8 < c.rows) {
+        fetch(student_at(c, row + 8), c.student_dtype);
+        fetch(teacher_at(c, row + 8), c.teacher_dtype);
+      }
       if (!c.active[row]) continue;
-      const double* s =
-          wide_logits(c.student, c.student_dtype, c.student_rows, row, first, n, copy);
+      const double* s = survey(student_at(c, row), c.student_dtype, first, n, copy).values;
       probabilities(s, n, c.temperature, c.student_log[row], q + at, q_mean);
-      const double* t =
-          wide_logits(c.teacher, c.teacher_dtype, c.teacher_rows, row, first, n, copy);
+      const double* t = survey(teacher_at(c, row), c.teacher_dtype, first, n, copy).values;
       probabilities(t, n, c.teacher_temperature, c.teacher_log[row], p + at, p_mean);
       at += c.width;
     }
@@ -149,7 +128,7 @@ struct Tile {
 
 // v, in the gradient's place, becomes the gradient in the logits: (v - q sum v) / T.
 template <typename Real>
-void finish_row(const KdColumns& c, int64_t row, Real* grad, double* q) {
+void finish_row(const KdColumns& c, int64_t row, Real* grad) {
   const double inverse = 1 / c.temperature, scale = kLog2E * inverse;
   const double shift = c.student_log[row] * kLog2E;
   double sum = 0;
@@ -164,12 +143,12 @@ void finish_row(const KdColumns& c, int64_t row, Real* grad, double* q) {
   }
   for (int64_t first = 0; first < c.classes; first += kBlock) {
     const int64_t n = c.classes - first < kBlock ? c.classes - first : kBlock;
-    double copy[kBlock];
-    const double* const s =
-        wide_logits(c.student, c.student_dtype, c.student_rows, row, first, n, copy);
+    double copy[kBlock], q[kBlock];
+    double* const out = q;
+    const double* const s = survey(student_at(c, row), c.student_dtype, first, n, copy).values;
     each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const Vec<double> x = part.get(s + i, 0.0) * scale - shift;
-      part.put(q + i, (x != x ? x : exp2_any<double>(x)) * sum);
+      part.put(out + i, (x != x ? x : exp2_any<double>(x)) * sum);
     });
     for (int64_t i = 0; i < n; ++i) grad[first + i] = (Real)((grad[first + i] - q[i]) * inverse);
   }
@@ -187,12 +166,11 @@ void visit_columns(const KdColumns& c, KdColumnsStep step, int64_t begin, int64_
     } else if (!c.active[i]) {  // not even read: it may hold NaN
       if (step == kFinish) memset(grad + i * c.classes, 0, c.classes * sizeof(Real));
     } else if (step == kNormalise) {
-      c.student_log[i] =
-          log_sum(c.student, c.student_dtype, c.student_rows, i, c.classes, c.temperature);
+      c.student_log[i] = log_sum(student_at(c, i), c.student_dtype, c.classes, c.temperature);
       c.teacher_log[i] =
-          log_sum(c.teacher, c.teacher_dtype, c.teacher_rows, i, c.classes, c.teacher_temperature);
+          log_sum(teacher_at(c, i), c.teacher_dtype, c.classes, c.teacher_temperature);
     } else {
-      finish_row(c, i, grad + i * c.classes, (double*)scratch);
+      finish_row(c, i, grad + i * c.classes);
     }
   }
 }

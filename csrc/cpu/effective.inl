@@ -62,15 +62,26 @@ Effective<Real> narrowed(const double* wide, int64_t n, Real* values) {
   return {values, shift};
 }
 
-// log of the sum of e^(v / T) over a row, in double.
-inline double log_sum(const double* row, int64_t n, double temperature) {
-  const double max = highest_of(row, n), top = reference_of(max);
-  Vec<double> sum = {};
-  each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    const Vec<double> x = part.get(row + i, (double)-INFINITY) - top;
-    sum += x != x ? x : exp2_any<double>(x * (kLog2E / temperature));
-  });
-  return top / temperature + log(total(sum));
+// log of the sum of e^(v / T) over a row, in double, a block at a time.
+inline double log_sum(const char* row, KdDtype dtype, int64_t classes, double temperature) {
+  const double scale = kLog2E / temperature;
+  double max = -INFINITY, sum = 0, copy[kBlock];
+  for (int64_t first = 0; first < classes; first += kBlock) {
+    const int64_t n = classes - first < kBlock ? classes - first : kBlock;
+    const Block<double> block = survey(row, dtype, first, n, copy);
+    if (block.high > max) {
+      if (sum != 0) sum *= exp((max - block.high) / temperature);
+      max = block.high;
+    }
+    const double top = reference_of(max);
+    Vec<double> of_block = {};
+    each<double>(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const Vec<double> x = part.get(block.values + i, (double)-INFINITY) - top;
+      of_block += x != x ? x : exp2_any<double>(x * scale);
+    });
+    sum += total(of_block);
+  }
+  return reference_of(max) / temperature + log(sum);
 }
 
 // The mean and the standard deviation of the logits that are not masked.
@@ -217,7 +228,8 @@ struct Rows {
     for (int k = 0; k < p.plan->teachers; ++k) {
       load_teacher(k, wide);
       if (divisor != 0) standardize(wide, divisor);
-      const double all = log_sum(wide, p.classes, temperature) - log(p.plan->teacher[k].weight);
+      const double all = log_sum((const char*)wide, kFloat64, p.classes, temperature) -
+                         log(p.plan->teacher[k].weight);
       each<double>(p.classes, [&](int64_t i, auto part) __attribute__((always_inline)) {
         const Vec<double> x = part.get(wide + i, 0.0) / temperature - all;
         part.put(other + i, k == 0 ? x : log_of_sum(part.get(other + i, 0.0), x));
