@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backends
-from kdkernels.backends.base import graph_is_kept
+from kdkernels.backends.base import NOT_COMPILED, graph_is_kept
 from kdkernels.backends.native import DTYPE_CODES
+from kdkernels.call import Call
 from kdkernels.checks import check_inplace, check_tensors
 from kdkernels.divergences import PerRow
 from kdkernels.intra_class import with_intra_class
+from kdkernels.learnable_temperature import what_has_no_rate, with_rate
 from kdkernels.options import OPTION_NAMES, Options, Prepared, prepare, prepare_plain
 from kdkernels.reference import KDMetrics, KDTerms, kd_terms
-from kdkernels.teachers import Teacher, TopKTeacher, logits_of, tensors_of
-
-
-class _Call(NamedTuple):
-    """What one call of the loss is asked to do, beside the student logits.
-
-    In one object, as autograd charges for each argument; and it does not see these tensors, which
-    have no gradient and of which it could not save those made in inference mode.
-    """
-
-    teacher: Teacher
-    labels: Tensor | None
-    weight: Tensor | None
-    options: Options
-    backend: backends.Backend
-    inplace: bool
-    want_terms: bool
-    tensors: PerRow
-
-    def versions(self) -> list[int]:
-        """What in-place writes have counted up to; writes to inference tensors are not counted."""
-        constants = [t for t in (self.labels, self.weight) if t is not None]
-        if isinstance(self.teacher, Tensor):
-            constants.append(self.teacher)
-        else:
-            constants += tensors_of(self.teacher)
-        if self.tensors:
-            constants += self.tensors.values()
-        try:
-            return [t._version for t in constants]
-        except RuntimeError:  # inference tensors have none; asking each of them takes longer
-            return [t._version for t in constants if not t.is_inference()]
+from kdkernels.teachers import Teacher, TopKTeacher, logits_of
 
 
 class _FusedKDLoss(torch.autograd.Function):
     """The gradient is made in the forward; the backward hands it over, scaled if need be."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor | tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor | tuple[Tensor | None, ...]:  # type: ignore[override]
         teacher, labels, weight, options, backend, inplace, want_terms, tensors = call
         loss, soft, hard, grad, grad_scale, metrics = backend.run(
             student, teacher, labels, weight, options, want_terms, True, inplace, tensors
@@ -102,7 +73,7 @@ class _Overwritten(torch.autograd.Function):
         )
 
 
-def _call_of(ctx: Any) -> _Call:
+def _call_of(ctx: Any) -> Call:
     if ctx.call is None:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the gradient was handed over. "
@@ -133,11 +104,7 @@ def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
             "inplace=True overwrote student_logits: no second derivative (create_graph=True)"
         )
     (student,) = ctx.saved_tensors
-    if call.versions() != ctx.versions:
-        raise RuntimeError(
-            "teacher_logits, labels, weight or another tensor of the loss have been modified by an "
-            "inplace operation since it was computed: no second derivative (create_graph=True)"
-        )
+    call.check_unmodified(ctx.versions)
     # Through an alias: the hooks of the logits are for this gradient alone, and run once.
     alias = student.view_as(student)
     loss = kd_terms(alias, call.teacher, call.labels, call.options, call.weight, call.tensors).loss
@@ -205,8 +172,8 @@ def kd_loss(
         labels: (...), integers in [0, C) or ``ignore_index``; None needs ``alpha=1``.
         temperature: T > 0, dividing both logits; from 1e-6 to 1e6. Several in a list are several
             divergences (MLKD, CVPR 2023). A tensor, (...) or a scalar, has a temperature for each
-            row, T² included; where it requires grad (CTKD, arXiv:2211.16231) it gets its gradient,
-            and the reference serves. Default: 4.0, and 1.0 with ``"nkd"``, ``"dist"``, ``"hard"``.
+            row, T² included; where it requires grad (CTKD, arXiv:2211.16231) it gets its gradient.
+            Default: 4.0, and 1.0 with ``"nkd"``, ``"dist"``, ``"hard"``.
         alpha: share of the distillation term in [0, 1]. Default 0.9. A term whose share is 0 is
             no part of the loss, whatever its value.
         ignore_index: label of rows that contribute nothing, even if they hold NaN. Default -100.
@@ -329,6 +296,7 @@ def checked_loss(
     """:func:`kd_loss` once its options have been checked."""
     options, planned, features, tensors, inplace, return_terms, backend = prepared
     chosen: backends.Backend = backends.PLAIN_CPU
+    rate = None
     special = weight is not None or inplace or bool(return_terms) or bool(tensors)
     special = special or backend not in (None, "cpu") or sample_weight is not None
     if special or planned or not backends.PLAIN_CPU.serves(student, teacher, labels):
@@ -337,9 +305,14 @@ def checked_loss(
         teacher = _form_of(teacher, student)
         check_tensors(student, teacher, labels, weight, options, tensors)
         tensors = _one_per_row(tensors, student)
-        chosen = _select(student, teacher, features, tensors, backend)
+        features |= _of_tensors(teacher, tensors, options)
+        chosen = _select(student, teacher, features, backend)
         if inplace:
             check_inplace(student, teacher, labels, weight, tensors)
+        learned = tensors and _temperature_is_learned(tensors)
+        if learned and chosen.name != "reference" and options.alpha > 0:
+            call = Call(teacher, labels, weight, options, chosen, inplace, False, tensors)
+            rate = with_rate(student, call)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if forward_ad._current_level >= 0:
         needs_grad = (
@@ -347,7 +320,7 @@ def checked_loss(
         )
     want_terms = bool(return_terms)
     if needs_grad and (chosen.name != "reference" or inplace):
-        call = _Call(teacher, labels, weight, options, chosen, inplace, want_terms, tensors)
+        call = Call(teacher, labels, weight, options, chosen, inplace, want_terms, tensors)
         result = _FusedKDLoss.apply(student, call)
         if want_terms:
             result = KDMetrics(*result) if options.metrics else KDTerms(*result)
@@ -361,6 +334,8 @@ def checked_loss(
             result = kind(loss, soft, hard, *metrics)  # type: ignore[arg-type]
     if planned and options.intra_class > 0 and options.alpha > 0:
         result = with_intra_class(result, student, teacher, labels, options, tensors, chosen)
+    if rate is not None:
+        result = result._replace(loss=result.loss + rate) if want_terms else result + rate
     if needs_grad and inplace:
         _Overwritten.apply(student)
     return result  # type: ignore[no-any-return]
@@ -383,26 +358,32 @@ def _one_per_row(tensors: PerRow, student: Tensor) -> PerRow:
     return {**tensors, "temperature": temperature.expand(student.shape[:-1])}
 
 
+def _temperature_is_learned(tensors: PerRow) -> bool:
+    return "temperature" in tensors and tensors["temperature"].requires_grad
+
+
+def _of_tensors(teacher: Teacher, tensors: PerRow, options: Options) -> frozenset[str]:
+    """What is asked for in a call beside what the options say, in words."""
+    if not tensors and isinstance(teacher, Tensor):
+        return frozenset()
+    without = None
+    if _temperature_is_learned(tensors):
+        without = what_has_no_rate(options, teacher, tensors)
+    asked = {
+        "a top-k teacher": isinstance(teacher, TopKTeacher),
+        "several teachers": isinstance(teacher, tuple),
+        "temperatures per row": "temperature" in tensors,
+        f"{NOT_COMPILED}{without}": without is not None,
+        "sample_weight": "sample_weight" in tensors,
+        "logit_bias": bool({"student_bias", "teacher_bias"} & tensors.keys()),
+    }
+    return frozenset(name for name, is_asked in asked.items() if is_asked)
+
+
 def _select(
-    student: Tensor,
-    teacher: Teacher,
-    features: frozenset[str],
-    tensors: PerRow,
-    backend: str | None,
+    student: Tensor, teacher: Teacher, features: frozenset[str], backend: str | None
 ) -> backends.Backend:
     """The backend for what is asked for in this call."""
-    if tensors or not isinstance(teacher, Tensor):
-        temperature = tensors.get("temperature")
-        asked = {
-            "a top-k teacher": isinstance(teacher, TopKTeacher),
-            "several teachers": isinstance(teacher, tuple),
-            "temperatures per row": temperature is not None,
-            "a temperature that requires grad": temperature is not None
-            and temperature.requires_grad,
-            "sample_weight": "sample_weight" in tensors,
-            "logit_bias": bool({"student_bias", "teacher_bias"} & tensors.keys()),
-        }
-        features |= {name for name, is_asked in asked.items() if is_asked}
     dtypes = [t.dtype for t in logits_of(teacher)]
     # Of several, one that no kernel reads decides.
     teacher_dtype = next((d for d in dtypes if d not in DTYPE_CODES), dtypes[0])

@@ -97,11 +97,15 @@ def test_whatever_else_is_asked_of_the_cpu_kernel_holds(module_path):
     all threads of a block share a row from 1,025 classes on."""
     long = "2049 or 5000 or 1000 or 3000 or many_blocks"
     of_others = "reference or named or wrong or disk or says or do_not_lift or derivative"
-    left_out = f"{long} or {of_others} or learnable or value_and_gradient[1.0"
+    left_out = f"{long} or {of_others} or value_and_gradient[1.0"
     ask_the_cpus_tests(
         module_path,
         [
-            (SMALL_WITH_CLUSTERS, left_out, ["test_objectives.py", "test_teachers.py"]),
+            (
+                SMALL_WITH_CLUSTERS,
+                left_out,
+                ["test_objectives.py", "test_learnable_temperature.py", "test_teachers.py"],
+            ),
             (
                 A100,
                 f"{left_out} or change_no_bit",

@@ -525,8 +525,8 @@ def test_what_is_wrong_is_named(options, error, message):
 MISSING = {
     "triton": [
         (
-            {"temperature": torch.tensor(2.0, requires_grad=True)},
-            "a temperature that requires grad",
+            {"temperature": torch.tensor(2.0, requires_grad=True), "standardize": True},
+            "a temperature that requires grad beside standardize",
         ),
     ],
 }

@@ -299,20 +299,6 @@ def test_standardising_looks_only_at_classes_that_are_there(backend):
     assert x.grad[:, 5:].eq(0).all()
 
 
-def test_a_learnable_temperature_gets_its_gradient():
-    s, t, y = inputs(4, 7, dtype=torch.float64)
-    temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    x = s.clone().requires_grad_()
-    with pytest.warns(RuntimeWarning, match="no kernel yet for a temperature that requires grad"):
-        kd_loss(x, t, y, temperature=temperature).backward()
-    step = 1e-6
-    above, below = (kd_loss(s, t, y, temperature=3.0 + d) for d in (step, -step))
-    torch.testing.assert_close(temperature.grad, (above - below) / (2 * step), rtol=1e-7, atol=1e-9)
-    plain = s.clone().requires_grad_()
-    kd_loss(plain, t, y, temperature=3.0).backward()
-    torch.testing.assert_close(x.grad, plain.grad)
-
-
 # ---- terms beside the divergence -----------------------------------------------------------------
 
 

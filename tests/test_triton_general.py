@@ -38,6 +38,18 @@ def against_the_reference(s, t, y, teacher=None, **options):
     assert (x.grad - z.grad).norm() <= GRAD_BOUND[F32] * z.grad.norm()
 
 
+def test_a_temperature_that_is_learned():
+    s, t, y = inputs(3, TWO_BLOCKS)
+    y[1] = -100
+    rates = []
+    for backend, dtype in (("triton", F32), ("reference", torch.float64)):
+        T = torch.tensor([2.0, 3.0, 1.5], dtype=dtype, requires_grad=True)
+        options = {"divergence": "jsd", "beta": 0.3, "backend": backend}
+        kd_loss(s.to(dtype), t.to(dtype), y, temperature=T, **options).backward()
+        rates.append(T.grad.double())
+    torch.testing.assert_close(*rates, rtol=1e-5, atol=1e-8)
+
+
 # ---- divergences ---------------------------------------------------------------------------------
 
 

@@ -82,9 +82,9 @@ def _why_not(
     reason = backend.why_not(device, student_dtype, teacher_dtype)
     if reason is not None or backend.name == "reference":
         return reason
-    missing = features & NOT_COMPILED
+    missing = {name for name in features if name.startswith(NOT_COMPILED)}
     if backend.features is not None:
-        missing = features - backend.features
+        missing |= features - backend.features
     return f"it has no kernel yet for {', '.join(sorted(missing))}" if missing else None
 
 

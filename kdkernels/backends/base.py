@@ -70,8 +70,8 @@ graph_is_kept: Callable[[], bool] = getattr(
 )
 
 
-# Of what can be asked for, what is left to PyTorch: only the reference has it.
-NOT_COMPILED = frozenset({"a temperature that requires grad"})
+# Of what can be asked for, what is left to PyTorch, as only the reference has it, begins with this.
+NOT_COMPILED = "a temperature that requires grad beside "
 
 
 class Backend(Protocol):
