@@ -25,6 +25,8 @@ from kdkernels import TopKTeacher, _cpu, backends, kd_loss
 from kdkernels.backends.cuda import CUDABackend
 
 TESTS = Path(__file__).parent
+# Compiling takes minutes for each: the gate asks for one, who changes a kernel for both.
+ARCHITECTURES = ["80", "90"] if os.environ.get("KDKERNELS_TEST_TARGETS") == "all" else ["90"]
 # What tests/native/cuda_on_cpu.h plays: with clusters and without, and both with so little shared
 # memory that a row of a few thousand classes is read again in chunks.
 H100, A100, SMALL_WITH_CLUSTERS, SMALL = range(4)
@@ -86,7 +88,7 @@ def test_all_that_is_asked_of_the_cpu_kernel_holds(module_path):
     """Every size to 262,144, temperature, dtype and special value of these two files."""
     of_the_cpu = "too_large_for_the_caches or instruction_set"
     files = ["test_numerics.py", "test_special_values.py"]
-    vocabulary = f"{of_the_cpu} or vocabulary_sizes"
+    vocabulary = f"{of_the_cpu} or vocabulary_sizes or 32000 or 151643"
     ask_the_cpus_tests(
         module_path, [(H100, of_the_cpu, files), (SMALL_WITH_CLUSTERS, vocabulary, files)]
     )
@@ -576,7 +578,7 @@ def test_info_says_why_there_is_no_cuda(capsys):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The module as setup.py builds it for sm_80 and sm_90, and what the compiler said."""
+    """The module as setup.py builds it for ARCHITECTURES, and what the compiler said."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if not nvcc:
         pytest.skip("needs nvcc")
@@ -585,7 +587,7 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **_: None)
         patch.setenv("KDKERNELS_CUDA", "1")
-        patch.setenv("KDKERNELS_CUDA_ARCHS", "80;90")
+        patch.setenv("KDKERNELS_CUDA_ARCHS", ";".join(ARCHITECTURES))
         setup = runpy.run_path(str(TESTS.parent / "setup.py"))
         description = setup["cuda_ninja_file"](path, setup["find_compiler"]())
     assert description.count(f"{nvcc} -std") == 1
@@ -600,7 +602,7 @@ def built(tmp_path_factory):
 def test_no_kernel_spills_a_register_or_has_a_stack(built, record_property):
     about = r"function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
     kernels = re.findall(about + r".*?Used (\d+) registers", built[1], re.DOTALL)
-    assert len(kernels) == built[1].count("bytes stack frame") > 60
+    assert len(kernels) == built[1].count("bytes stack frame") > 30 * len(ARCHITECTURES)
     for name, architecture, stack, spilled, registers in kernels:
         assert (stack, spilled) == ("0", "0"), (name, architecture)
         record_property(f"{name} {architecture} registers", int(registers))
@@ -612,7 +614,7 @@ def test_rows_are_moved_16_bytes_at_a_time(built):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     sass = subprocess.run([tool, "-sass", built[0]], check=True, capture_output=True, text=True)
     kernels = [k for k in sass.stdout.split("Function :")[1:] if "rows_kernel" in k.split()[0]]
-    assert len(kernels) > 60
+    assert len(kernels) > 30 * len(ARCHITECTURES)
     for kernel in kernels:
         name = kernel.split()[0]
         for access in (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"):
