@@ -41,6 +41,7 @@ STEPS = [
     Step("build", 70, at_least=200),
     Step("info", 12, at_least=60),
     Step("correctness", 70),
+    Step("objectives", 45),
     Step("large", 18),
     Step("streams", 16),
     Step("measure", 150, decides=False),
@@ -201,7 +202,7 @@ def own_step(options: argparse.Namespace) -> int:
     if options.step == "plot":
         return 0 if draw(options.work, options.results) else 1
     # Here and not above: these steps need torch, the process that starts them does not.
-    from benchmarks import gpu_checks, gpu_timing
+    from benchmarks import gpu_checks, gpu_objectives, gpu_timing
 
     plan = plan_for(options)
     device, backends, work = plan.device, plan.backends, options.work
@@ -218,6 +219,7 @@ def own_step(options: argparse.Namespace) -> int:
         "measure": lambda: gpu_timing.measure(work, plan, options.seconds),
         "small-batch": lambda: gpu_timing.small_batches(work, plan),
         "small-shapes": lambda: gpu_checks.small_shapes(device, backends, largest),
+        "objectives": lambda: gpu_objectives.objectives(work, device, backends, options.seconds),
         "large": lambda: gpu_checks.large(work, device, backends, huge),
         "streams": lambda: gpu_checks.streams(work, device, backends, [100, 4096, 128256]),
         "profiled": lambda: gpu_checks.profiled(device, backends, profiled),
