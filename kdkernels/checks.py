@@ -21,8 +21,11 @@ def check_tensors(
     weight: Tensor | None,
     options: Options,
     tensors: PerRow,
+    look: bool = True,
 ) -> None:
     """Types, dtypes, shapes and devices of one call.
+
+    ``look``: at the values of CPU tensors as well, which a compiler that traces the call has not.
 
     Raises:
         TypeError, ValueError: naming the tensor or the options that are wrong.
@@ -38,7 +41,7 @@ def check_tensors(
         raise ValueError(
             f"num_classes must be at most the classes of student_logits, {shape[-1]}, got {classes}"
         )
-    _check_teacher(teacher, student, options, tensors, classes)
+    _check_teacher(teacher, student, options, tensors, classes, look)
     if labels is not None:
         _check_labels(labels, shape[:-1])
         if labels.device != device:
@@ -64,13 +67,18 @@ def check_tensors(
             _check_of_classes("logit_bias", values, classes, student)
         else:
             _check_per_row(name, values, options.divergence, student)
+            if look and values.device.type == "cpu":  # elsewhere the host would wait
+                _check_values(name, values)
 
 
 def _check_teacher(
-    teacher: Any, student: Tensor, options: Options, tensors: PerRow, classes: int
+    teacher: Any, student: Tensor, options: Options, tensors: PerRow, classes: int, look: bool
 ) -> None:
     if isinstance(teacher, TopKTeacher):
-        return _check_top_k(teacher, student, options, tensors)
+        _check_top_k(teacher, student, options, tensors)
+        if look and student.device.type == "cpu":
+            _check_entries(teacher, classes)
+        return None
     several = isinstance(teacher, tuple)
     for k, t in enumerate(teacher) if several else [(0, teacher)]:
         name = f"teacher_logits[{k}]" if several else "teacher_logits"
@@ -139,15 +147,17 @@ def _check_top_k(teacher: TopKTeacher, student: Tensor, options: Options, tensor
     for option, asked in refused.items():
         if asked:
             raise ValueError(f"{tail} and {option} do not go together")
-    if student.device.type == "cpu":
-        _check_indices(teacher.indices, classes)
-        if teacher.tail != "renormalize" and teacher.values.numel():
-            total = teacher.values.double().logsumexp(-1).max().item()
-            if total > 1e-2:
-                raise ValueError(
-                    f"{tail} needs log-probabilities, and those of a row add up to a probability "
-                    f"of {min(total, 700.0):.4g} on a logarithmic scale"
-                )
+
+
+def _check_entries(teacher: TopKTeacher, classes: int) -> None:
+    _check_indices(teacher.indices, classes)
+    if teacher.tail != "renormalize" and teacher.values.numel():
+        total = teacher.values.double().logsumexp(-1).max().item()
+        if total > 1e-2:
+            raise ValueError(
+                f"TopKTeacher(tail={teacher.tail!r}) needs log-probabilities, and those of a row "
+                f"add up to a probability of {min(total, 700.0):.4g} on a logarithmic scale"
+            )
 
 
 _LABELLED = tuple(name for name, d in DIVERGENCES.items() if d.labelled)
@@ -174,13 +184,12 @@ def _check_indices(indices: Tensor, classes: int) -> None:
 
 
 def _check_per_row(option: str, values: Any, mixture: tuple[Term, ...], student: Tensor) -> None:
-    """One number for each row. Values are looked at on the CPU; elsewhere the host would wait."""
+    """One number for each row."""
     if option == "dkd":
         raise ValueError("the weight of 'dkd' in divergence must be a number, not one per row")
-    is_weight = option in DIVERGENCES
     if option in SHARES:
         check_is_used(option, mixture)
-    name = f"the weight of {option!r} in divergence" if is_weight else option
+    name = _named(option)
     _check_kind(name, values)
     if option != "temperature":
         _check_constant(name, values)
@@ -191,8 +200,14 @@ def _check_per_row(option: str, values: Any, mixture: tuple[Term, ...], student:
         )
     if values.device != student.device:
         _wrong_device(name, values, student)
-    if values.device.type != "cpu":
-        return
+
+
+def _named(option: str) -> str:
+    return f"the weight of {option!r} in divergence" if option in DIVERGENCES else option
+
+
+def _check_values(option: str, values: Tensor) -> None:
+    name = _named(option)
     allowed = {"temperature": (MIN_TEMPERATURE, MAX_TEMPERATURE), "sample_weight": (0.0, 1e30)}
     if option in SHARES or option in allowed:
         least, most = allowed.get(option, (0.0, 1.0))

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backends
-from kdkernels.backends.base import NOT_COMPILED, graph_is_kept
-from kdkernels.backends.native import DTYPE_CODES
+from kdkernels.backends.base import graph_is_kept
 from kdkernels.call import Call
 from kdkernels.checks import check_inplace, check_tensors
-from kdkernels.divergences import PerRow
+from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, select
 from kdkernels.intra_class import with_intra_class
-from kdkernels.learnable_temperature import what_has_no_rate, with_rate
-from kdkernels.options import OPTION_NAMES, Options, Prepared, prepare, prepare_plain
+from kdkernels.learnable_temperature import with_rate
+from kdkernels.operators import traced_loss
+from kdkernels.options import OPTION_NAMES, Prepared, prepare, prepare_plain
 from kdkernels.reference import KDMetrics, KDTerms, kd_terms
-from kdkernels.teachers import Teacher, TopKTeacher, logits_of
+from kdkernels.teachers import TopKTeacher, logits_of
 
 
 class _FusedKDLoss(torch.autograd.Function):
@@ -277,6 +277,9 @@ def kd_loss(
         z_loss,
         num_classes,
     )
+    if torch.compiler.is_compiling():
+        named = dict(zip(OPTION_NAMES, given, strict=True))
+        return traced_loss(student_logits, teacher_logits, labels, weight, sample_weight, named)
     plain = type(divergence) is str and type(beta) is float and type(skew) is float
     if plain and logit_bias is None and not isinstance(temperature, Tensor):
         prepared = prepare_plain(given)
@@ -302,14 +305,15 @@ def checked_loss(
     if special or planned or not backends.PLAIN_CPU.serves(student, teacher, labels):
         if sample_weight is not None:
             tensors = {**tensors, "sample_weight": sample_weight}
-        teacher = _form_of(teacher, student)
+        teacher = form_of(teacher, student)
         check_tensors(student, teacher, labels, weight, options, tensors)
-        tensors = _one_per_row(tensors, student)
-        features |= _of_tensors(teacher, tensors, options)
-        chosen = _select(student, teacher, features, backend)
+        tensors = one_per_row(tensors, student)
+        learned = is_learned(tensors)
+        features |= features_of(type(teacher), tensors.keys(), options, learned)
+        dtypes = [t.dtype for t in logits_of(teacher)]
+        chosen = select(student.device, student.dtype, dtypes, features, backend)
         if inplace:
             check_inplace(student, teacher, labels, weight, tensors)
-        learned = tensors and _temperature_is_learned(tensors)
         if learned and chosen.name != "reference" and options.alpha > 0:
             call = Call(teacher, labels, weight, options, chosen, inplace, False, tensors)
             rate = with_rate(student, call)
@@ -339,52 +343,3 @@ def checked_loss(
     if needs_grad and inplace:
         _Overwritten.apply(student)
     return result  # type: ignore[no-any-return]
-
-
-def _form_of(teacher: Any, student: Tensor) -> Any:
-    """Several teachers as a tuple of tensors: given as a list, or stacked as (K, ..., C)."""
-    if isinstance(teacher, (list, tuple)):
-        return tuple(teacher)
-    both = isinstance(teacher, Tensor) and isinstance(student, Tensor)
-    stacked = both and teacher.dim() == student.dim() + 1
-    stacked = stacked and len(teacher) > 0 and teacher.shape[1:-1] == student.shape[:-1]
-    return teacher.unbind(0) if stacked else teacher
-
-
-def _one_per_row(tensors: PerRow, student: Tensor) -> PerRow:
-    temperature = tensors.get("temperature")
-    if temperature is None or temperature.dim() > 0:
-        return tensors
-    return {**tensors, "temperature": temperature.expand(student.shape[:-1])}
-
-
-def _temperature_is_learned(tensors: PerRow) -> bool:
-    return "temperature" in tensors and tensors["temperature"].requires_grad
-
-
-def _of_tensors(teacher: Teacher, tensors: PerRow, options: Options) -> frozenset[str]:
-    """What is asked for in a call beside what the options say, in words."""
-    if not tensors and isinstance(teacher, Tensor):
-        return frozenset()
-    without = None
-    if _temperature_is_learned(tensors):
-        without = what_has_no_rate(options, teacher, tensors)
-    asked = {
-        "a top-k teacher": isinstance(teacher, TopKTeacher),
-        "several teachers": isinstance(teacher, tuple),
-        "temperatures per row": "temperature" in tensors,
-        f"{NOT_COMPILED}{without}": without is not None,
-        "sample_weight": "sample_weight" in tensors,
-        "logit_bias": bool({"student_bias", "teacher_bias"} & tensors.keys()),
-    }
-    return frozenset(name for name, is_asked in asked.items() if is_asked)
-
-
-def _select(
-    student: Tensor, teacher: Teacher, features: frozenset[str], backend: str | None
-) -> backends.Backend:
-    """The backend for what is asked for in this call."""
-    dtypes = [t.dtype for t in logits_of(teacher)]
-    # Of several, one that no kernel reads decides.
-    teacher_dtype = next((d for d in dtypes if d not in DTYPE_CODES), dtypes[0])
-    return backends.select(backend, student.device, student.dtype, teacher_dtype, features)

@@ -77,7 +77,7 @@ def _has_double(device: torch.device) -> bool:
     return device.type != "mps" and has_double(device.type, device.index)
 
 
-class _Call(NamedTuple):
+class IntraClass(NamedTuple):
     """What is compared with the student logits."""
 
     teacher: Teacher
@@ -116,39 +116,49 @@ class _Call(NamedTuple):
         return self.labels != self.options.ignore_index
 
 
+def compiled(
+    student: Tensor, call: IntraClass, active: Tensor, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What is added to the loss, and its gradient, by the CPU's kernel."""
+    assert isinstance(call.teacher, Tensor)
+    factor = call.factor
+    if call.options.reduction == "sum":
+        factor *= int(active.sum())
+    value, grad = _CPU.compare_columns(
+        student, call.teacher, active, call.options, factor, want_grad
+    )
+    return torch.tensor(factor * value, dtype=accumulation_dtype(student.dtype)), grad
+
+
+_CPU = CPUBackend()
+
+
 class _Compiled(torch.autograd.Function):
     """The same of the logits by the CPU's kernel."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call, backend: CPUBackend) -> Tensor:  # type: ignore[override]
-        assert isinstance(call.teacher, Tensor)
-        active = call.active(student)
-        factor = call.factor
-        if call.options.reduction == "sum":
-            factor *= int(active.sum())
+    def forward(ctx: Any, student: Tensor, call: IntraClass) -> Tensor:  # type: ignore[override]
         wanted = ctx.needs_input_grad[0]
-        value, ctx.grad = backend.compare_columns(
-            student, call.teacher, active, call.options, factor, wanted
-        )
+        added, ctx.grad = compiled(student, call, call.active(student), wanted)
         if wanted:
             ctx.call = call
             ctx.save_for_backward(student)
-        return torch.tensor(factor * value, dtype=accumulation_dtype(student.dtype))
+        return added
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (student,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
             alias = student.view_as(student)  # whose hooks are for this gradient alone
             value = ctx.call.by_autograd(alias)
             (grad,) = torch.autograd.grad(value, alias, incoming, create_graph=True)
-            return grad, None, None
+            return grad, None
         grad = ctx.grad
         if graph_is_kept():
             grad = grad.clone()  # what is handed over may be modified by whoever receives it
         else:
             ctx.grad = None
-        return scale_gradient(grad, incoming, 1.0).to(student.dtype), None, None
+        return scale_gradient(grad, incoming, 1.0).to(student.dtype), None
 
 
 def with_intra_class(
@@ -162,11 +172,16 @@ def with_intra_class(
 ) -> Any:
     """``result``, a loss or named terms, with alpha · T² · dist_gamma · the mean over the classes
     of 1 - Pearson's correlation of their columns added."""
-    call = _Call(teacher, labels, options, tensors)
+    call = IntraClass(teacher, labels, options, tensors)
     if isinstance(backend, CPUBackend) and call.is_plain(student):
-        added = _Compiled.apply(student, call, backend)
+        added = _Compiled.apply(student, call)
     else:
         added = call.by_autograd(student)
+    return with_added(result, added, options)
+
+
+def with_added(result: Any, added: Tensor, options: Options) -> Any:
+    """A loss or named terms with what is ``added`` to the soft one, alpha included."""
     if isinstance(result, Tensor):
         return result + added
     soft = result.soft + added.detach() / options.alpha

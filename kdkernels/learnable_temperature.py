@@ -7,6 +7,7 @@ the family again. So a row's rate comes from two more runs of them, whatever the
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kdkernels.call import Call
 from kdkernels.divergences import PerRow, Term
 from kdkernels.options import Options
 from kdkernels.reference import accumulation_dtype, kd_terms
-from kdkernels.teachers import Teacher, TopKTeacher
+from kdkernels.teachers import TopKTeacher
 
 # D(p, q) of the first is D(q, p) of the second, with the parameter as `_swapped` has it.
 EXCHANGED = {
@@ -34,17 +35,20 @@ EXCHANGED = {
 CHUNK = 2**24
 
 
-def what_has_no_rate(options: Options, teacher: Teacher, tensors: PerRow) -> str | None:
-    """Beside what only the reference learns a temperature; None: the kernels do."""
+def what_has_no_rate(options: Options, kind: type, names: Collection[str]) -> str | None:
+    """Beside what only the reference learns a temperature; None: the kernels do.
+
+    ``kind``: of the teacher; ``names``: of the options that are tensors.
+    """
     o = options
     asked = {
         "standardize": o.standardize,
         "taid": o.taid is not None,
         "logit_softcap": o.softcap is not None,
         "logit_scale": (o.student_scale, o.teacher_scale) != (1.0, 1.0),
-        "logit_bias": bool({"student_bias", "teacher_bias"} & tensors.keys()),
-        "a top-k teacher": isinstance(teacher, TopKTeacher),
-        "several teachers": isinstance(teacher, tuple),
+        "logit_bias": "student_bias" in names or "teacher_bias" in names,
+        "a top-k teacher": issubclass(kind, TopKTeacher),
+        "several teachers": issubclass(kind, tuple),
     }
     asked |= {f"divergence {t.name}": t.name not in EXCHANGED for t in o.divergence}
     # Rényi's of order a is a / (1 - a) times that of order 1 - a, which has to be one.
@@ -78,7 +82,7 @@ class _OfTemperature(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, temperature: Tensor, student: Tensor, call: Call) -> Tensor:  # type: ignore[override]
-        ctx.call, ctx.rate = call, _rate(temperature, student, call)
+        ctx.call, ctx.rate = call, rate_of(temperature, student, call)
         ctx.save_for_backward(temperature, student)  # for a second derivative
         ctx.versions, ctx.dtype = call.versions(), temperature.dtype
         shape = temperature.shape if call.options.reduction == "none" else ()
@@ -103,7 +107,7 @@ def _differentiable_rate(ctx: Any, incoming: Tensor) -> Tensor:
     return rate  # type: ignore[no-any-return]
 
 
-def _rate(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
+def rate_of(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
     """d loss / d temperature of each row, (...)."""
     o, classes = call.options, call.options.num_classes or student.shape[-1]
     per_row = {n: v for n, v in call.tensors.items() if n != "temperature"}

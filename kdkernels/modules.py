@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdkernels.checks import check_weight
 from kdkernels.functional import checked_loss
+from kdkernels.operators import traced_loss
 from kdkernels.options import Prepared, prepare
 from kdkernels.reference import KDMetrics, KDTerms
 from kdkernels.teachers import TopKTeacher
@@ -135,6 +137,11 @@ class FusedKDLoss(nn.Module):
         labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor | KDTerms | KDMetrics:
+        if torch.compiler.is_compiling():
+            given = {name: getattr(self, name) for name in _DEFAULTS}
+            return traced_loss(
+                student_logits, teacher_logits, labels, self.weight, sample_weight, given
+            )
         prepared = self.__dict__.get("_checked") or self._check()
         weight = self._buffers["weight"]  # where nn.Module would look for it last
         return checked_loss(student_logits, teacher_logits, labels, weight, sample_weight, prepared)

@@ -394,7 +394,7 @@ def prepare(given: dict[str, Any]) -> Prepared:
         TypeError, ValueError: naming the option that is wrong.
     """
     given = dict(given)
-    tensors = _split_tensors(given)
+    tensors = split_tensors(given)
     try:
         checked = _cached_check_options(tuple(given), *given.values())
     except TypeError:  # an unhashable value, or one of the wrong type: let the check name it
@@ -455,7 +455,7 @@ def prepare_plain(given: tuple[Any, ...]) -> Prepared:
         return prepare(dict(zip(OPTION_NAMES, given, strict=True)))
 
 
-def _split_tensors(given: dict[str, Any]) -> dict[str, Tensor]:
+def split_tensors(given: dict[str, Any]) -> dict[str, Tensor]:
     """Takes the tensors out of ``given``, where a number that is allowed stays in their place."""
     tensors: dict[str, Tensor] = {}
     for name in SHARES:
@@ -477,7 +477,7 @@ def _split_tensors(given: dict[str, Any]) -> dict[str, Tensor]:
     given["teacher_weights"] = tuple(weights) if isinstance(weights, list) else weights
     if isinstance(given["logit_scale"], list):
         given["logit_scale"] = tuple(given["logit_scale"])
-    bias = given.pop("logit_bias")
+    bias = given.pop("logit_bias", None)
     for side, of_side in zip(("student", "teacher"), _both(bias), strict=True):
         if of_side is not None:
             tensors[f"{side}_bias"] = of_side

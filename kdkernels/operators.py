@@ -1,0 +1,271 @@
+"""The loss as operators of PyTorch: what torch.compile and torch.export see of it.
+
+A compiler cannot look into native code, so it gets nodes of known shapes; eager calls take the
+shorter way of functional.py. What is asked for travels as text, which an exported program keeps.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends import Backend
+from kdkernels.backends.cpu import CPUBackend
+from kdkernels.call import Call
+from kdkernels.checks import check_tensors
+from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, select
+from kdkernels.divergences import Term
+from kdkernels.intra_class import IntraClass, compiled, with_added
+from kdkernels.learnable_temperature import rate_of
+from kdkernels.options import Options, prepare, split_tensors
+from kdkernels.reference import KDMetrics, KDTerms, accumulation_dtype, kd_terms
+from kdkernels.teachers import Teacher, TopKTeacher, logits_of, tensors_of
+
+
+class Request(NamedTuple):
+    """What is asked of one call, beside its tensors."""
+
+    options: Options
+    backend: str | None
+    terms: bool
+    names: tuple[str, ...]  # of the options that are tensors
+    form: str  # of the teacher: "one", "several" or the tail of its k largest
+    form_temperature: float  # of the k largest
+    learned: bool  # whether the temperature gets a gradient
+
+    def teacher(self, tensors: Sequence[Tensor]) -> Teacher:
+        if self.form == "one":
+            return tensors[0]
+        if self.form == "several":
+            return tuple(tensors)
+        return TopKTeacher(*tensors, self.form, self.form_temperature)
+
+
+def _encode(request: Request) -> str:
+    return json.dumps(request._replace(options=request.options._asdict())._asdict())  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=256)
+def _decode(text: str) -> Request:
+    fields = json.loads(text)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["options"].items()}
+    given["divergence"] = tuple(Term(*term) for term in given["divergence"])
+    return Request(**fields | {"options": Options(**given), "names": tuple(fields["names"])})
+
+
+def _backend(
+    text: str, device: torch.device, student: torch.dtype, teacher: tuple[torch.dtype, ...]
+) -> Backend:
+    r = _decode(text)
+    kind = {"one": Tensor, "several": tuple}.get(r.form, TopKTeacher)
+    features = r.options.features | features_of(kind, r.names, r.options, r.learned)
+    return select(device, student, teacher, features, r.backend)
+
+
+# ---- what runs -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kdkernels::loss", mutates_args=())
+def _loss(
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    tensors: Sequence[Tensor],
+    request: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, soft, hard, metrics, the gradient times a scale, that scale, and the temperature's."""
+    r = _decode(request)
+    form, per_row = r.teacher(teacher), dict(zip(r.names, tensors, strict=True))
+    check_tensors(student, form, labels, weight, r.options, per_row)
+    per_row = dict(one_per_row(per_row, student))
+    dtypes = tuple(t.dtype for t in logits_of(form))
+    chosen = _backend(request, student.device, student.dtype, dtypes)
+    result = chosen.run(
+        student, form, labels, weight, r.options, r.terms, want_grad, False, per_row
+    )
+    nothing = student.new_empty(0, dtype=accumulation_dtype(student.dtype))
+    rate = nothing
+    if r.learned and r.options.alpha > 0:
+        call = Call(form, labels, weight, r.options, chosen, False, False, per_row)
+        rate = rate_of(per_row["temperature"], student, call)
+    scale = result.grad_scale
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=nothing.dtype, device=student.device)
+    return (
+        result.loss,
+        nothing if result.soft is None else result.soft,
+        nothing.clone() if result.hard is None else result.hard,
+        torch.stack(result.metrics) if result.metrics else nothing.clone(),
+        student.new_empty(0) if result.grad is None else result.grad,
+        scale.to(nothing.dtype),
+        rate.clone() if rate is nothing else rate,
+    )
+
+
+@_loss.register_fake
+def _(
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    tensors: Sequence[Tensor],
+    request: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r = _decode(request)
+    form, per_row = r.teacher(teacher), dict(zip(r.names, tensors, strict=True))
+    check_tensors(student, form, labels, weight, r.options, per_row, look=False)
+    dtype = accumulation_dtype(student.dtype)
+    shape = student.shape[:-1] if r.options.reduction == "none" else ()
+    of_terms = shape if r.terms else (0,)
+    learned = r.learned and r.options.alpha > 0
+    return (
+        student.new_empty(shape, dtype=dtype),
+        student.new_empty(of_terms, dtype=dtype),
+        student.new_empty(of_terms, dtype=dtype),
+        student.new_empty((4, *shape) if r.options.metrics else (0,), dtype=dtype),
+        student.new_empty(student.shape if want_grad else (0,)),
+        student.new_empty((), dtype=dtype),
+        student.new_empty(student.shape[:-1] if learned else (0,), dtype=torch.float64),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, teacher, _, _, tensors, request, ctx.want_grad = inputs
+    ctx.request, ctx.teachers, ctx.shapes = request, len(teacher), [t.shape for t in tensors]
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scaled(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad, scale, rate = ctx.saved_tensors
+    of_student, r = None, _decode(ctx.request)
+    of_tensors: list[Tensor | None] = [None] * len(r.names)
+    if ctx.want_grad:
+        factor = (incoming / scale).unsqueeze(-1) if incoming.dim() else incoming / scale
+        # 0 * inf: what has no gradient, such as an ignored row, has none whatever comes in.
+        of_student = torch.where(grad == 0, 0.0, grad * factor).to(grad.dtype)
+    if r.learned and r.options.alpha > 0:
+        of_row, at = incoming * rate, r.names.index("temperature")
+        of_tensors[at] = of_row if ctx.shapes[at] else of_row.sum()
+    return of_student, [None] * ctx.teachers, None, None, of_tensors, None, None
+
+
+_loss.register_autograd(_scaled, setup_context=_keep)
+
+
+@torch.library.custom_op("kdkernels::intra_class", mutates_args=())
+def _intra_class(
+    student: Tensor, teacher: Tensor, active: Tensor, request: str, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """DIST's part across the batch, by the CPU's kernel, and its gradient."""
+    call = IntraClass(teacher, None, _decode(request).options, {})
+    value, grad = compiled(student, call, active, want_grad)
+    return value, value.new_empty(0) if grad is None else grad
+
+
+@_intra_class.register_fake
+def _(
+    student: Tensor, teacher: Tensor, active: Tensor, request: str, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(student.dtype)
+    shape = student.shape if want_grad else (0,)
+    return student.new_empty((), dtype=dtype), student.new_empty(shape, dtype=dtype)
+
+
+def _keep_columns(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _scaled_columns(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
+    (grad,) = ctx.saved_tensors
+    return (grad * incoming).to(ctx.dtype), None, None, None, None
+
+
+_intra_class.register_autograd(_scaled_columns, setup_context=_keep_columns)
+
+
+# ---- what is traced ------------------------------------------------------------------------------
+
+
+def _constant(function: Any) -> Any:
+    """Marks what the compiler is to call once, with the options, and not to look into.
+
+    As torch.compiler.assume_constant_result does, without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def _request(given: tuple[Any, ...], *others: Any) -> str:
+    options, _, _, _, _, return_terms, backend = prepare(dict(given))
+    return _encode(Request(options, backend, bool(return_terms), *others))
+
+
+@_constant
+def _options(request: str) -> Options:
+    return _decode(request).options
+
+
+@_constant
+def _served_by(request: str, *kinds: Any) -> tuple[bool, bool]:
+    """Whether the reference serves, and whether the CPU's kernels do."""
+    chosen = _backend(request, *kinds)
+    return chosen.name == "reference", isinstance(chosen, CPUBackend)
+
+
+def traced_loss(
+    student: Tensor,
+    teacher: Any,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    given: dict[str, Any],
+) -> Tensor | KDTerms | KDMetrics:
+    """:func:`kdkernels.kd_loss` for a compiler: nothing here depends on a value."""
+    if given["inplace"]:
+        raise RuntimeError("inplace=True cannot be compiled: the compiler plans memory itself")
+    tensors = split_tensors(given)
+    if sample_weight is not None:
+        tensors["sample_weight"] = sample_weight
+    teacher = form_of(teacher, student)
+    form, form_temperature = "several" if isinstance(teacher, tuple) else "one", 1.0
+    if isinstance(teacher, TopKTeacher):
+        form, form_temperature = teacher.tail, float(teacher.temperature)
+    tracked = torch.is_grad_enabled()
+    want_grad = tracked and student.requires_grad
+    learned = tracked and is_learned(tensors)
+    request = _request(tuple(given.items()), tuple(tensors), form, form_temperature, learned)
+    options = _options(request)
+    dtypes = tuple([t.dtype for t in logits_of(teacher)])
+    by_reference, by_cpu = _served_by(request, student.device, student.dtype, dtypes)
+    if by_reference:
+        result = kd_terms(student, teacher, labels, options, weight, one_per_row(tensors, student))
+    else:
+        arguments = list(tensors_of(teacher)), labels, weight, list(tensors.values()), request
+        loss, soft, hard, metrics, *_ = _loss(
+            student, *arguments, tracked and student.requires_grad
+        )
+        result = KDTerms(loss, soft.detach(), hard.detach())
+        if options.metrics:
+            result = KDMetrics(*result, *metrics.detach().unbind(0))
+    if not given["return_terms"]:
+        result = result.loss
+    if options.intra_class > 0 and options.alpha > 0:
+        call = IntraClass(teacher, labels, options, tensors)
+        if by_cpu and call.is_plain(student):
+            added, _ = _intra_class(student, teacher, call.active(student), request, want_grad)
+        else:
+            added = call.by_autograd(student)
+        result = with_added(result, added, options)
+    return result
