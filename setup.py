@@ -14,6 +14,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -167,16 +168,19 @@ def ninja_file(target: Path, compiler: str) -> str:
     link = "-shared"
     if platform.system() == "Darwin":
         link = "-bundle -undefined dynamic_lookup"
+    # Of the bindings alone: an isolated build has pybind11 somewhere else each time, and what does
+    # not need it need not be compiled again.
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
     lines = [
         "rule compile",
-        f"  command = {compiler} {flags} $set {includes} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {flags} $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {compiler} {link} $in -o $out -ldl -lpthread",
     ]
     units = dict.fromkeys(SOURCES, "") | (X86_SETS if is_x86 else {})
+    units["bindings.cpp"] = includes
     objects = []
     for source, own_flags in units.items():
         objects.append(source.replace("/", "_").replace(".cpp", ".o"))
@@ -190,6 +194,13 @@ def ninja_file(target: Path, compiler: str) -> str:
 
 def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _identity(compilers: list[str]) -> str:
+    """Of the compilers behind these names, so that others compile everything anew."""
+    commands = [[*shlex.split(compiler), "--version"] for compiler in compilers]
+    said = b"".join(subprocess.run(c, stdout=subprocess.PIPE).stdout for c in commands)
+    return hashlib.sha256(said).hexdigest()[:8]
 
 
 class NinjaBuild(build_ext):
@@ -212,7 +223,11 @@ class NinjaBuild(build_ext):
         describe = {"cpu": ninja_file, "cuda": cuda_ninja_file}[module]
         self.reasons[module] = ""
         try:
-            self._build(target, describe(target, find_compiler()))
+            description = describe(target, find_compiler())
+            compilers = [find_compiler()] + ([find_nvcc()] if module == "cuda" else [])
+            # Not setuptools' folder, which is a new one each time: ninja knows what has changed.
+            folder = ROOT.resolve() / "build" / f"{target.name}-{_identity(compilers)}"
+            self._build(folder, description)
         except (RuntimeError, OSError, ImportError) as error:
             self.reasons[module] = str(error)
             if module == "cpu":
@@ -220,8 +235,7 @@ class NinjaBuild(build_ext):
             else:
                 print(f"kdkernels: the CUDA kernels are not built: {error}")
 
-    def _build(self, target: Path, description: str) -> None:
-        folder = Path(self.build_temp).resolve() / target.name.partition(".")[0]
+    def _build(self, folder: Path, description: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(description, encoding="utf-8")
         run = subprocess.run(

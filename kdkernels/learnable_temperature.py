@@ -31,8 +31,10 @@ EXCHANGED = {
     "alpha": "alpha",
     "renyi": "renyi",
 }
-# Logits at a time: what the two runs make beside the gradient of the loss stays this small.
-CHUNK = 2**24
+# Logits at a time: what the two runs make beside the gradient of the loss stays this small, and on
+# the CPU in its caches; a GPU wants more work.
+CHUNK = {"cpu": 2**18}
+LARGE_CHUNK = 2**24
 
 
 def what_has_no_rate(options: Options, kind: type, names: Collection[str]) -> str | None:
@@ -116,7 +118,8 @@ def rate_of(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
         per_row["labels"] = call.labels
     assert isinstance(call.teacher, Tensor)  # or it has no rate
     logits = student[..., :classes], call.teacher[..., :classes]
-    at_once = max(1, CHUNK // max(1, student[:1].numel())) if student.dim() > 1 else 1
+    chunk = CHUNK.get(student.device.type, LARGE_CHUNK)
+    at_once = max(1, chunk // max(1, student[:1].numel())) if student.dim() > 1 else 1
     if student.dim() == 1:  # a row by itself
         per_row = {name: values.unsqueeze(0) for name, values in per_row.items()}
         logits = logits[0].unsqueeze(0), logits[1].unsqueeze(0)
@@ -125,17 +128,19 @@ def rate_of(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
         rows = slice(start, start + at_once)
         part = {name: values[rows] for name, values in per_row.items()}
         rates.append(_soft_rate(logits[0][rows], logits[1][rows], part, call))
-    rate = o.alpha * torch.cat(rates).reshape(temperature.shape)
-    return rate / _soft_weight(temperature, call) if o.reduction == "mean" else rate
+    weight = _soft_weight(temperature, call)
+    # A row that is left out has no rate, whatever it holds.
+    rate = torch.where(weight == 0, 0.0, o.alpha * torch.cat(rates).reshape(temperature.shape))
+    total = weight.sum()
+    return rate / torch.where(total == 0, 1.0, total) if o.reduction == "mean" else rate
 
 
 def _soft_weight(like: Tensor, call: Call) -> Tensor:
-    """What a mean of the soft term is divided by."""
+    """Of each row in the mean of the soft term; 0 where it has none."""
     weight = call.tensors.get("sample_weight", torch.ones_like(like)).double()
     if call.labels is not None and not call.options.distill_ignored:
         weight = torch.where(call.labels != call.options.ignore_index, weight, 0.0)
-    total = weight.sum()
-    return torch.where(total == 0, 1.0, total)
+    return weight
 
 
 def _soft_rate(student: Tensor, teacher: Tensor, per_row: PerRow, call: Call) -> Tensor:
@@ -177,8 +182,8 @@ def _moment(
         wide, fixed, labels, None, options, False, True, False, tensors
     )
     assert grad is not None
-    # A row's gradients add up to 0, so that any constant may go; what is masked has none.
-    centred = torch.where(grad == 0, 0.0, wide - wide.amax(-1, keepdim=True))
+    # A row's gradients add up to 0, so that any constant may go; what is masked (-inf) has none.
+    centred = (wide - wide.amax(-1, keepdim=True)).clamp_(min=-1e30)
     return loss, torch.linalg.vecdot(centred, grad).double() / scale
 
 

@@ -102,6 +102,16 @@ def empty_cache() -> int:
     return 0 if _cpu is None else int(_cpu.release_memory())
 
 
+def _with_a_number(options: Options, tensors: PerRow) -> tuple[Options, PerRow]:
+    """One temperature for all rows, which is a tensor to be learned, is a number to the kernels."""
+    temperature = tensors.get("temperature")
+    if temperature is None or any(temperature.stride()) or not temperature.numel():
+        return options, tensors
+    number = temperature.flatten()[0].item()
+    others = {name: values for name, values in tensors.items() if name != "temperature"}
+    return options._replace(temperature=number), others
+
+
 class CPUBackend:
     name = "cpu"
     device_types: tuple[str, ...] = ("cpu",)
@@ -146,6 +156,7 @@ class CPUBackend:
         inplace: bool,
         tensors: PerRow,
     ) -> Result:
+        options, tensors = _with_a_number(options, tensors)
         classes = options.num_classes or student.shape[-1]
         source, student_rows = laid_out(student)
         # Of several teachers the widest: it decides whether all is computed in double.
