@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import Backend
-from kdkernels.backends.base import graph_is_kept, scale_gradient
+from kdkernels.backends.base import graph_is_kept, scale_gradient, traced_as_constant
 from kdkernels.backends.cpu import CPUBackend
 from kdkernels.backends.triton_device import has_double
 from kdkernels.divergences import PerRow
@@ -73,6 +73,7 @@ def _unit_columns(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return centred * scale, scale
 
 
+@traced_as_constant
 def _has_double(device: torch.device) -> bool:
     return device.type != "mps" and has_double(device.type, device.index)
 

@@ -7,6 +7,7 @@ shorter way of functional.py. What is asked for travels as text, which an export
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import Backend
+from kdkernels.backends.base import traced_as_constant
 from kdkernels.backends.cpu import CPUBackend
 from kdkernels.call import Call
 from kdkernels.checks import check_tensors
@@ -43,7 +45,8 @@ class Request(NamedTuple):
             return tensors[0]
         if self.form == "several":
             return tuple(tensors)
-        return TopKTeacher(*tensors, self.form, self.form_temperature)
+        values, indices = tensors
+        return TopKTeacher(values, indices, self.form, self.form_temperature)
 
 
 def _encode(request: Request) -> str:
@@ -53,7 +56,9 @@ def _encode(request: Request) -> str:
 @functools.lru_cache(maxsize=256)
 def _decode(text: str) -> Request:
     fields = json.loads(text)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["options"].items()}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in fields["options"].items()
+    }
     given["divergence"] = tuple(Term(*term) for term in given["divergence"])
     return Request(**fields | {"options": Options(**given), "names": tuple(fields["names"])})
 
@@ -124,7 +129,7 @@ def _(
     check_tensors(student, form, labels, weight, r.options, per_row, look=False)
     dtype = accumulation_dtype(student.dtype)
     shape = student.shape[:-1] if r.options.reduction == "none" else ()
-    of_terms = shape if r.terms else (0,)
+    of_terms, none = shape if r.terms else (0,), student.new_empty(0, dtype=dtype)
     learned = r.learned and r.options.alpha > 0
     return (
         student.new_empty(shape, dtype=dtype),
@@ -133,7 +138,7 @@ def _(
         student.new_empty((4, *shape) if r.options.metrics else (0,), dtype=dtype),
         student.new_empty(student.shape if want_grad else (0,)),
         student.new_empty((), dtype=dtype),
-        student.new_empty(student.shape[:-1] if learned else (0,), dtype=torch.float64),
+        student.new_empty(student.shape[:-1], dtype=torch.float64) if learned else none,
     )
 
 
@@ -197,27 +202,28 @@ _intra_class.register_autograd(_scaled_columns, setup_context=_keep_columns)
 # ---- what is traced ------------------------------------------------------------------------------
 
 
-def _constant(function: Any) -> Any:
-    """Marks what the compiler is to call once, with the options, and not to look into.
+def _number(value: Any) -> Any:
+    """A number that changed between calls is a symbol to the compiler: what groupby has compared is
+    a number again, and the graph is one for that number."""
+    if isinstance(value, (tuple, list)):
+        return tuple([_number(each) for each in value])
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return next(iter(itertools.groupby((value,))))[0]
+    return value
 
-    As torch.compiler.assume_constant_result does, without its import of the whole compiler.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
-
-@_constant
+@traced_as_constant
 def _request(given: tuple[Any, ...], *others: Any) -> str:
     options, _, _, _, _, return_terms, backend = prepare(dict(given))
     return _encode(Request(options, backend, bool(return_terms), *others))
 
 
-@_constant
+@traced_as_constant
 def _options(request: str) -> Options:
     return _decode(request).options
 
 
-@_constant
+@traced_as_constant
 def _served_by(request: str, *kinds: Any) -> tuple[bool, bool]:
     """Whether the reference serves, and whether the CPU's kernels do."""
     chosen = _backend(request, *kinds)
@@ -245,12 +251,15 @@ def traced_loss(
     tracked = torch.is_grad_enabled()
     want_grad = tracked and student.requires_grad
     learned = tracked and is_learned(tensors)
-    request = _request(tuple(given.items()), tuple(tensors), form, form_temperature, learned)
+    items = tuple([(name, _number(value)) for name, value in given.items()])
+    request = _request(items, tuple(tensors), form, _number(form_temperature), learned)
     options = _options(request)
     dtypes = tuple([t.dtype for t in logits_of(teacher)])
     by_reference, by_cpu = _served_by(request, student.device, student.dtype, dtypes)
     if by_reference:
-        result = kd_terms(student, teacher, labels, options, weight, one_per_row(tensors, student))
+        result: Any = kd_terms(
+            student, teacher, labels, options, weight, one_per_row(tensors, student)
+        )
     else:
         arguments = list(tensors_of(teacher)), labels, weight, list(tensors.values()), request
         loss, soft, hard, metrics, *_ = _loss(
@@ -268,4 +277,15 @@ def traced_loss(
         else:
             added = call.by_autograd(student)
         result = with_added(result, added, options)
-    return result
+    return result  # type: ignore[no-any-return]
+
+
+def _let_programs_be_saved() -> None:
+    """torch.export.save refuses named tuples among the outputs that it has not been told of."""
+    for named in (KDTerms, KDMetrics):
+        register = getattr(torch.utils._pytree, "_register_namedtuple", None)
+        if register is not None:  # which torch has no public name for
+            register(named, serialized_type_name=f"kdkernels.{named.__name__}")
+
+
+_let_programs_be_saved()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,18 @@ def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -
     # 0 * inf: what has no gradient, such as an ignored row, has none whatever comes in.
     nothing = grad == 0
     return grad.mul_(factor).masked_fill_(nothing, 0)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def traced_as_constant(function: Function) -> Function:
+    """Marks what a compiler is to call once, with constants, and not to look into.
+
+    As torch.compiler.assume_constant_result does, without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _always() -> bool:
