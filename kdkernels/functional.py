@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backends
-from kdkernels.backends.base import graph_is_kept
+from kdkernels.backends.base import graph_is_kept, transforms_are_active
 from kdkernels.call import Call
 from kdkernels.checks import check_inplace, check_tensors
 from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, select
@@ -240,6 +240,9 @@ def kd_loss(
             looking at labels would make the device wait: the row's loss is NaN, unless the
             environment variable ``KDKERNELS_CHECK_LABELS=1`` asks for the check.
         RuntimeError: the named backend cannot run here, and why.
+
+    Under torch.compile and torch.export the loss is one operator, with the checks of values where
+    the graph runs; ``inplace`` is refused. Under the transforms of torch.func the reference serves.
     """
     given = (
         temperature,
@@ -277,7 +280,7 @@ def kd_loss(
         z_loss,
         num_classes,
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transforms_are_active():
         named = dict(zip(OPTION_NAMES, given, strict=True))
         return traced_loss(student_logits, teacher_logits, labels, weight, sample_weight, named)
     plain = type(divergence) is str and type(beta) is float and type(skew) is float

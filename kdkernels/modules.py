@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkernels.backends.base import transforms_are_active
 from kdkernels.checks import check_weight
 from kdkernels.functional import checked_loss
 from kdkernels.operators import traced_loss
@@ -137,7 +138,7 @@ class FusedKDLoss(nn.Module):
         labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor | KDTerms | KDMetrics:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transforms_are_active():
             given = {name: getattr(self, name) for name in _DEFAULTS}
             return traced_loss(
                 student_logits, teacher_logits, labels, self.weight, sample_weight, given

@@ -1,4 +1,4 @@
-"""The loss as operators of PyTorch: what torch.compile and torch.export see of it.
+"""The loss as operators of PyTorch: what torch.compile, torch.export and torch.func see of it.
 
 A compiler cannot look into native code, so it gets nodes of known shapes; eager calls take the
 shorter way of functional.py. What is asked for travels as text, which an exported program keeps.
@@ -149,7 +149,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
 
 
+def _check_is_possible(ctx: Any) -> None:
+    """What the saved gradient knows nothing of must not come out as none."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("no second derivative (create_graph=True) of a loss that was compiled")
+    if ctx.needs_input_grad[0] and not ctx.want_grad:
+        raise RuntimeError(
+            "no gradient: the loss was compiled or exported with student_logits that need none"
+        )
+
+
 def _scaled(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
+    _check_is_possible(ctx)
     grad, scale, rate = ctx.saved_tensors
     of_student, r = None, _decode(ctx.request)
     of_tensors: list[Tensor | None] = [None] * len(r.names)
@@ -186,12 +197,13 @@ def _(
 
 
 def _keep_columns(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.want_grad = inputs[0].dtype, inputs[4]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _scaled_columns(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
+    _check_is_possible(ctx)
     (grad,) = ctx.saved_tensors
     return (grad * incoming).to(ctx.dtype), None, None, None, None
 
@@ -238,9 +250,14 @@ def traced_loss(
     sample_weight: Tensor | None,
     given: dict[str, Any],
 ) -> Tensor | KDTerms | KDMetrics:
-    """:func:`kdkernels.kd_loss` for a compiler: nothing here depends on a value."""
+    """:func:`kdkernels.kd_loss` where nothing may depend on a value.
+
+    A compiler gets the operator. A transform of torch.func gets the reference, which it can look
+    into and differentiate as often as it likes.
+    """
     if given["inplace"]:
-        raise RuntimeError("inplace=True cannot be compiled: the compiler plans memory itself")
+        raise RuntimeError("inplace=True can be neither compiled nor transformed by torch.func")
+    transformed = not torch.compiler.is_compiling()
     tensors = split_tensors(given)
     if sample_weight is not None:
         tensors["sample_weight"] = sample_weight
@@ -256,6 +273,14 @@ def traced_loss(
     options = _options(request)
     dtypes = tuple([t.dtype for t in logits_of(teacher)])
     by_reference, by_cpu = _served_by(request, student.device, student.dtype, dtypes)
+    if transformed:
+        if given["backend"] not in (None, "reference"):
+            named = given["backend"]
+            raise RuntimeError(
+                f"backend {named!r} cannot run: torch.func transforms the reference alone"
+            )
+        check_tensors(student, teacher, labels, weight, options, tensors, look=False)
+        by_reference, by_cpu = True, False
     if by_reference:
         result: Any = kd_terms(
             student, teacher, labels, options, weight, one_per_row(tensors, student)

@@ -192,6 +192,21 @@ def test_an_exported_program_computes_the_loss(options, tmp_path):
             torch.testing.assert_close(got, expected)
 
 
+def test_a_program_says_which_derivatives_it_has_not():
+    s, t, y = inputs(ROWS, CLASSES)
+    x = s.clone().requires_grad_()
+    for options in ({}, {"divergence": "dist"}):
+        loss_fn = FusedKDLoss(**options)
+        program = torch.export.export(loss_fn, (x, t, y)).module()
+        (grad,) = torch.autograd.grad(program(x, t, y), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(loss_fn(x, t, y), x)[0])
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(program(x, t, y), x, create_graph=True)
+        without = torch.export.export(loss_fn, (s, t, y)).module()
+        with pytest.raises(RuntimeError, match="with student_logits that need none"):
+            torch.autograd.grad(without(x, t, y), x)
+
+
 def test_ignored_rows_that_hold_nan_have_no_gradient_whatever_comes_in():
     s, t, y = inputs(ROWS, CLASSES)
     y[1], s[1] = -100, math.nan
@@ -205,7 +220,7 @@ WRONG = [
     (lambda s, t, y: kd_loss(s, t, y, temperature=-1.0), "temperature must be"),
     (lambda s, t, y: kd_loss(s, t[:, :5], y), "teacher_logits must have the shape"),
     (lambda s, t, y: kd_loss(s, t, y.float()), "labels must be integers"),
-    (lambda s, t, y: kd_loss(s, t, y, inplace=True), "inplace=True cannot be compiled"),
+    (lambda s, t, y: kd_loss(s, t, y, inplace=True), "inplace=True can be neither compiled"),
     (lambda s, t, y: kd_loss(s, t, y, backend="cuda"), "backend 'cuda' cannot run"),
     (lambda s, t, y: kd_loss(s, t), "labels are missing"),
 ]

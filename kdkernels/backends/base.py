@@ -82,6 +82,17 @@ graph_is_kept: Callable[[], bool] = getattr(
 )
 
 
+def _never() -> bool:
+    return False
+
+
+# Whether a transform of torch.func (grad, vmap, jvp ...) is under way. torch has no public name for
+# it; one that drops this name says itself that it cannot transform the kernels.
+transforms_are_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", _never
+)
+
+
 # Of what can be asked for, what is left to PyTorch, as only the reference has it, begins with this.
 NOT_COMPILED = "a temperature that requires grad beside "
 
