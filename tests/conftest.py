@@ -5,12 +5,14 @@ import inspect
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETER = pytest.StashKey[subprocess.Popen]()
+COMPILED = pytest.StashKey[dict[str, Future]]()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -66,22 +68,36 @@ def the_interpreter_looks_once():
 
 
 def pytest_collection_finish(session):
-    """Triton's interpreter takes minutes of one core: it starts with the first test."""
-    config = session.config
-    asked_for = any(item.name == "test_under_the_interpreter" for item in session.items)
-    if not asked_for or config.option.collectonly or INTERPRETED:
+    """What takes Triton minutes of one core starts with the first test, one after the other."""
+    config, items = session.config, session.items
+    if config.option.collectonly or INTERPRETED or importlib.util.find_spec("triton") is None:
         return
-    if importlib.util.find_spec("triton") is None:
-        return
-    folder = Path(__file__).parent
-    tests = sorted(folder.glob("test_triton*.py"))
-    config.stash[INTERPRETER] = subprocess.Popen(
+    pool = ThreadPoolExecutor(1)
+    if any(item.name == "test_under_the_interpreter" for item in items):
+        config.stash[INTERPRETER] = process = start_the_interpreter()
+        pool.submit(process.wait)
+    if any("compiled_for" in item.fixturenames for item in items):
+        from test_triton import TARGETS, compile_for
+
+        config.stash[COMPILED] = {t: pool.submit(compile_for, t) for t in TARGETS}
+    pool.shutdown(wait=False)
+
+
+def start_the_interpreter():
+    tests = sorted(Path(__file__).parent.glob("test_triton*.py"))
+    return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,  # a few kilobytes at most, which a pipe holds
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@pytest.fixture
+def compiled_for(pytestconfig):
+    """What became of Triton's kernels for a target."""
+    return lambda target: pytestconfig.stash[COMPILED][target].result()
 
 
 @pytest.fixture
@@ -92,3 +108,5 @@ def interpreter_run(pytestconfig):
 def pytest_unconfigure(config):
     if process := config.stash.get(INTERPRETER, None):
         process.kill()
+    for compiling in config.stash.get(COMPILED, {}).values():
+        compiling.cancel()

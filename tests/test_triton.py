@@ -14,7 +14,7 @@ import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 
 import pytest
 import torch
@@ -825,18 +825,11 @@ if os.environ.get("KDKERNELS_TEST_TARGETS") == "all":
     TARGETS.append("sm_80")
 
 
-@pytest.fixture(scope="module")
-def compile_for(tmp_path_factory):
-    """What became of the kernels for a target; all are compiled at the first question."""
-
-    def compile_once(target):
-        cache = str(tmp_path_factory.mktemp("triton"))
+def compile_for(target):
+    """What becomes of each kernel; in a process of its own, which takes a minute or two."""
+    with tempfile.TemporaryDirectory() as cache:
         output = run_python(COMPILE_SCRIPT, target, TRITON_INTERPRET="", TRITON_CACHE_DIR=cache)
-        return json.loads(output.splitlines()[-1])
-
-    with ThreadPoolExecutor(2) as pool:
-        compiling = {target: pool.submit(compile_once, target) for target in TARGETS}
-        yield lambda target: compiling[target].result()
+    return json.loads(output.splitlines()[-1])
 
 
 targets = pytest.mark.parametrize("target", TARGETS)
@@ -844,9 +837,9 @@ targets = pytest.mark.parametrize("target", TARGETS)
 
 @compiled
 @targets
-def test_no_kernel_spills_a_register(compile_for, target, record_property):
+def test_no_kernel_spills_a_register(compiled_for, target, record_property):
     """What ships: every shape of the table, aligned rows and not, with its gradient."""
-    for found in compile_for(target):
+    for found in compiled_for(target):
         record_property(f"{target} {found['case']} {found['kernel']}", found)
         print(target, *(f"{key}={value}" for key, value in found.items() if key != "hash"))
         if target == "gfx942":
@@ -858,12 +851,12 @@ def test_no_kernel_spills_a_register(compile_for, target, record_property):
 
 @compiled
 @targets
-def test_aligned_rows_are_read_16_bytes_at_a_time(compile_for, target):
+def test_aligned_rows_are_read_16_bytes_at_a_time(compiled_for, target):
     """From where every thread has 16 bytes of a row to read."""
     enough = {"float32": 128, "bfloat16": 512, "float64": 64}
     rows = [
         found
-        for found in compile_for(target)
+        for found in compiled_for(target)
         if found["kernel"] == "rows_kernel"
         and found["case"] in ("plain", "double")
         and found["classes"] >= enough[found["dtype"]] * (2 if target == "gfx942" else 1)
@@ -875,10 +868,10 @@ def test_aligned_rows_are_read_16_bytes_at_a_time(compile_for, target):
 
 @compiled
 @targets
-def test_sizes_of_one_shape_share_one_kernel(compile_for, target):
+def test_sizes_of_one_shape_share_one_kernel(compiled_for, target):
     """Vocabularies and batches of all sizes must not each bring a compilation."""
     kernels = {}
-    for found in compile_for(target):
+    for found in compiled_for(target):
         if found["case"] == "full" and found["kernel"] in ("scales_kernel", "finish_kernel"):
             kernels.setdefault(found["kernel"], set()).add(found["hash"])
     assert kernels
