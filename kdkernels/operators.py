@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends import Backend
+from kdkernels.backends import PLAIN_CPU, Backend
 from kdkernels.backends.base import traced_as_constant
 from kdkernels.backends.cpu import CPUBackend
 from kdkernels.call import Call
 from kdkernels.checks import check_tensors
 from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, select
-from kdkernels.divergences import Term
+from kdkernels.divergences import PerRow, Term
 from kdkernels.intra_class import IntraClass, compiled, with_added
 from kdkernels.learnable_temperature import rate_of
 from kdkernels.options import Options, prepare, split_tensors
@@ -70,6 +70,11 @@ def _backend(
     kind = {"one": Tensor, "several": tuple}.get(r.form, TopKTeacher)
     features = r.options.features | features_of(kind, r.names, r.options, r.learned)
     return select(device, student, teacher, features, r.backend)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_special(options: Options) -> bool:
+    return options.special
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -159,15 +164,19 @@ def _check_is_possible(ctx: Any) -> None:
         )
 
 
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    factor = factor.unsqueeze(-1) if factor.dim() else factor
+    # 0 * inf: what has no gradient, such as an ignored row, has none whatever comes in.
+    return torch.where(grad == 0, 0.0, grad * factor).to(grad.dtype)
+
+
 def _scaled(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
     _check_is_possible(ctx)
     grad, scale, rate = ctx.saved_tensors
     of_student, r = None, _decode(ctx.request)
     of_tensors: list[Tensor | None] = [None] * len(r.names)
     if ctx.want_grad:
-        factor = (incoming / scale).unsqueeze(-1) if incoming.dim() else incoming / scale
-        # 0 * inf: what has no gradient, such as an ignored row, has none whatever comes in.
-        of_student = torch.where(grad == 0, 0.0, grad * factor).to(grad.dtype)
+        of_student = _times(grad, incoming / scale)
     if r.learned and r.options.alpha > 0:
         of_row, at = incoming * rate, r.names.index("temperature")
         of_tensors[at] = of_row if ctx.shapes[at] else of_row.sum()
@@ -175,6 +184,59 @@ def _scaled(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 _loss.register_autograd(_scaled, setup_context=_keep)
+
+
+# The same of what is asked for most: no lists, no terms. With torch.library.custom_op it would take
+# a third more of a small batch's time.
+torch.library.define(
+    "kdkernels::plain_loss",
+    "(Tensor student, Tensor teacher, Tensor? labels, str request, bool want_grad) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("kdkernels::plain_loss", "CompositeExplicitAutograd")
+def _run_plain_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, request: str, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient."""
+    options, backend, *_ = _decode(request)
+    chosen: Backend = PLAIN_CPU
+    plain = backend in (None, "cpu") and not _is_special(options)
+    if not (plain and PLAIN_CPU.serves(student, teacher, labels)):
+        check_tensors(student, teacher, labels, None, options, {})
+        chosen = _backend(request, student.device, student.dtype, (teacher.dtype,))
+    loss, _, _, grad, *_ = chosen.run(
+        student, teacher, labels, None, options, False, want_grad, False, {}
+    )
+    return loss, student.new_empty(0) if grad is None else grad
+
+
+@torch.library.register_fake("kdkernels::plain_loss")  # type: ignore[untyped-decorator]
+def _(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, request: str, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    options = _decode(request).options
+    check_tensors(student, teacher, labels, None, options, {}, look=False)
+    shape = student.shape[:-1] if options.reduction == "none" else ()
+    loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
+    return loss, student.new_empty(student.shape if want_grad else (0,))
+
+
+def _keep_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.want_grad = inputs[4]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _scaled_plain(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
+    _check_is_possible(ctx)
+    (grad,) = ctx.saved_tensors
+    return _times(grad, incoming), None, None, None, None
+
+
+torch.library.register_autograd("kdkernels::plain_loss", _scaled_plain, setup_context=_keep_plain)
+_plain_loss = torch.ops.kdkernels.plain_loss.default
 
 
 @torch.library.custom_op("kdkernels::intra_class", mutates_args=())
@@ -231,6 +293,11 @@ def _request(given: tuple[Any, ...], *others: Any) -> str:
 
 
 @traced_as_constant
+def _terms(request: str) -> bool:
+    return _decode(request).terms
+
+
+@traced_as_constant
 def _options(request: str) -> Options:
     return _decode(request).options
 
@@ -240,6 +307,34 @@ def _served_by(request: str, *kinds: Any) -> tuple[bool, bool]:
     """Whether the reference serves, and whether the CPU's kernels do."""
     chosen = _backend(request, *kinds)
     return chosen.name == "reference", isinstance(chosen, CPUBackend)
+
+
+def _by_operator(
+    student: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    tensors: PerRow,
+    request: str,
+    want_grad: bool,
+) -> KDTerms | KDMetrics:
+    plain = weight is None and not tensors and not _terms(request) and isinstance(teacher, Tensor)
+    if plain and student.dtype != torch.float16:  # whose gradient comes with a scale
+        loss, _ = _plain_loss(student, teacher, labels, request, want_grad)
+        return KDTerms(loss, loss, loss)
+    of_teacher, of_options = list(tensors_of(teacher)), list(tensors.values())
+    loss, soft, hard, metrics, *_ = _loss(
+        student, of_teacher, labels, weight, of_options, request, want_grad
+    )
+    terms = KDTerms(loss, soft.detach(), hard.detach())
+    return KDMetrics(*terms, *metrics.detach().unbind(0)) if _options(request).metrics else terms
+
+
+def _check_transformed(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {backend!r} cannot run: torch.func transforms the reference alone"
+        )
 
 
 def traced_loss(
@@ -274,11 +369,7 @@ def traced_loss(
     dtypes = tuple([t.dtype for t in logits_of(teacher)])
     by_reference, by_cpu = _served_by(request, student.device, student.dtype, dtypes)
     if transformed:
-        if given["backend"] not in (None, "reference"):
-            named = given["backend"]
-            raise RuntimeError(
-                f"backend {named!r} cannot run: torch.func transforms the reference alone"
-            )
+        _check_transformed(given["backend"])
         check_tensors(student, teacher, labels, weight, options, tensors, look=False)
         by_reference, by_cpu = True, False
     if by_reference:
@@ -286,13 +377,7 @@ def traced_loss(
             student, teacher, labels, options, weight, one_per_row(tensors, student)
         )
     else:
-        arguments = list(tensors_of(teacher)), labels, weight, list(tensors.values()), request
-        loss, soft, hard, metrics, *_ = _loss(
-            student, *arguments, tracked and student.requires_grad
-        )
-        result = KDTerms(loss, soft.detach(), hard.detach())
-        if options.metrics:
-            result = KDMetrics(*result, *metrics.detach().unbind(0))
+        result = _by_operator(student, teacher, labels, weight, tensors, request, want_grad)
     if not given["return_terms"]:
         result = result.loss
     if options.intra_class > 0 and options.alpha > 0:

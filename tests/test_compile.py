@@ -253,6 +253,10 @@ def test_the_operator_keeps_its_word(reduction, learned):
     text = operators._request(tuple(given.items()), ("temperature",), "one", 1.0, learned)
     arguments = (s.requires_grad_(), [t], y, None, [T], text, True)
     torch.library.opcheck(operators._loss, arguments)
+    text = operators._request(
+        tuple((_DEFAULTS | {"reduction": reduction}).items()), (), "one", 1.0, False
+    )
+    torch.library.opcheck(operators._plain_loss, (s, t, y, text, True))
     given |= {"divergence": "dist", "reduction": "mean"}
     dist = operators._request(tuple(given.items()), (), "one", 1.0, False)
     torch.library.opcheck(operators._intra_class, (s, t, y != 3, dist, True))
