@@ -7,6 +7,7 @@ the family again. So a row's rate comes from two more runs of them, whatever the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -117,20 +118,25 @@ def rate_of(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
     if call.labels is not None:
         per_row["labels"] = call.labels
     assert isinstance(call.teacher, Tensor)  # or it has no rate
-    logits = student[..., :classes], call.teacher[..., :classes]
-    chunk = CHUNK.get(student.device.type, LARGE_CHUNK)
-    at_once = max(1, chunk // max(1, student[:1].numel())) if student.dim() > 1 else 1
+    student, teacher = student[..., :classes], call.teacher[..., :classes]
     if student.dim() == 1:  # a row by itself
+        student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
         per_row = {name: values.unsqueeze(0) for name, values in per_row.items()}
-        logits = logits[0].unsqueeze(0), logits[1].unsqueeze(0)
-    rates = []
-    for start in range(0, max(1, len(logits[0])), at_once):
-        rows = slice(start, start + at_once)
-        part = {name: values[rows] for name, values in per_row.items()}
-        rates.append(_soft_rate(logits[0][rows], logits[1][rows], part, call))
+    chunk = CHUNK.get(student.device.type, LARGE_CHUNK)
+    at_once = max(1, chunk // max(1, student[:1].numel()))
+    if len(student) <= at_once:
+        rates = _soft_rate(student, teacher, per_row, call)
+    else:
+        parts = [slice(start, start + at_once) for start in range(0, len(student), at_once)]
+        rates = torch.cat(
+            [
+                _soft_rate(student[p], teacher[p], {n: v[p] for n, v in per_row.items()}, call)
+                for p in parts
+            ]
+        )
     weight = _soft_weight(temperature, call)
     # A row that is left out has no rate, whatever it holds.
-    rate = torch.where(weight == 0, 0.0, o.alpha * torch.cat(rates).reshape(temperature.shape))
+    rate = torch.where(weight == 0, 0.0, o.alpha * rates.reshape(temperature.shape))
     total = weight.sum()
     return rate / torch.where(total == 0, 1.0, total) if o.reduction == "mean" else rate
 
@@ -143,26 +149,31 @@ def _soft_weight(like: Tensor, call: Call) -> Tensor:
     return weight
 
 
+@functools.lru_cache(maxsize=256)
+def _of_the_soft_term(o: Options) -> tuple[Options, Options]:
+    """The options of the soft term alone, and with teacher and student exchanged."""
+    options = Options(
+        o.temperature,
+        alpha=1.0,
+        ignore_index=o.ignore_index,
+        label_smoothing=0.0,
+        reduction="none",
+        distill_ignored=o.distill_ignored,
+        divergence=o.divergence,
+        teacher_temperature=o.teacher_temperature,
+        scale_by_t2=o.scale_by_t2,
+    )
+    return options, options._replace(divergence=tuple(map(_swapped, o.divergence)))
+
+
 def _soft_rate(student: Tensor, teacher: Tensor, per_row: PerRow, call: Call) -> Tensor:
     """The rate of each row's soft term, (...), float64."""
     labels, tensors = per_row.get("labels"), {n: v for n, v in per_row.items() if n != "labels"}
     temperature = tensors["temperature"].double()
-    options = Options(
-        call.options.temperature,
-        alpha=1.0,
-        ignore_index=call.options.ignore_index,
-        label_smoothing=0.0,
-        reduction="none",
-        distill_ignored=call.options.distill_ignored,
-        divergence=call.options.divergence,
-        teacher_temperature=call.options.teacher_temperature,
-        scale_by_t2=call.options.scale_by_t2,
-    )
+    options, exchanged = _of_the_soft_term(call.options)
     soft, moment = _moment(student, teacher, labels, options, tensors, call.backend)
     if options.teacher_temperature is None:  # else the teacher does not move with it
-        mixture = options.divergence
-        exchanged = options._replace(divergence=tuple(map(_swapped, mixture)))
-        others = _swapped_tensors(tensors, mixture)
+        others = _swapped_tensors(tensors, options.divergence)
         moment = moment + _moment(teacher, student, labels, exchanged, others, call.backend)[1]
     scaled = 2 * soft.double() if options.scale_by_t2 else 0.0
     return (scaled - moment) / temperature

@@ -159,6 +159,26 @@ def test_a_learned_temperature():
         torch.testing.assert_close(*rates)
 
 
+def test_under_autocast_half_logits_are_taken_as_they_are():
+    """The graph holds no copy of them in float32."""
+    model, graphs = Model(), []
+
+    def looking(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    x, y = torch.randn(4, 8), torch.randint(CLASSES, (4,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = torch.compile(model, backend=looking, fullgraph=True)(x, y)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, model(x, y))
+    (node,) = [
+        n for n in graphs[0].graph.nodes if n.target is torch.ops.kdkernels.plain_loss.default
+    ]
+    values = [argument.meta["example_value"] for argument in node.args[:2]]
+    assert [value.dtype for value in values] == [torch.bfloat16] * 2
+
+
 def test_checkpointed_activations():
     """The logits are computed again for the backward."""
     model = Model()
