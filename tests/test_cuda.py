@@ -366,7 +366,7 @@ def test_a_known_class_that_is_none_makes_its_row_nan(on, tail, monkeypatch):
     teacher = TopKTeacher.from_logits(t, 5, tail, 4.0)
     teacher.indices[0, 2], teacher.indices[1, 0] = 40, -1
     teacher.values[2, 1], teacher.values[3, 1] = NAN, INF
-    monkeypatch.setattr("kdkernels.checks._check_top_k", lambda *_: None)
+    monkeypatch.setattr("kdkernels.checks._check_entries", lambda *_: None)
     loss, _, _, grad = value_and_grad(s, teacher, y, reduction="none")
     bad = torch.tensor([True, True, True, True, False])
     assert torch.equal(loss.isnan(), bad)

@@ -204,3 +204,12 @@ def test_of_a_top_k_teacher():
     expected = T.detach().requires_grad_()
     kd_loss(s, t, y, temperature=expected, backend="reference").backward()
     torch.testing.assert_close(T.grad, expected.grad)
+
+
+def test_a_second_derivative_of_tensors_that_were_written_to_is_refused():
+    s, t, y = inputs(3, 5, dtype=torch.float64)
+    T = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    loss = kd_loss(s, t, y, temperature=T, backend="cpu")
+    t.mul_(2)
+    with pytest.raises(RuntimeError, match="have been modified"):
+        torch.autograd.grad(loss, T, create_graph=True)
