@@ -5,14 +5,14 @@ import inspect
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-INTERPRETER = pytest.StashKey[subprocess.Popen]()
-COMPILED = pytest.StashKey[dict[str, Future]]()
+BESIDE = pytest.StashKey[dict[str, Future]]()  # what runs beside the tests
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -68,45 +68,48 @@ def the_interpreter_looks_once():
 
 
 def pytest_collection_finish(session):
-    """What takes Triton minutes of one core starts with the first test, one after the other."""
+    """What takes compilers and the interpreter minutes of one core starts with the first test, one
+    after the other, beside the tests."""
     config, items = session.config, session.items
-    if config.option.collectonly or INTERPRETED or importlib.util.find_spec("triton") is None:
+    if config.option.collectonly or INTERPRETED:
         return
+    asked = {name for item in items for name in item.fixturenames}
+    has_triton = importlib.util.find_spec("triton") is not None
     pool = ThreadPoolExecutor(1)
-    if any(item.name == "test_under_the_interpreter" for item in items):
-        config.stash[INTERPRETER] = process = start_the_interpreter()
-        pool.submit(process.wait)
-    if any("compiled_for" in item.fixturenames for item in items):
+    beside = config.stash[BESIDE] = {}
+    if "built" in asked:
+        from test_cuda import build_with_nvcc
+
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        beside["built"] = pool.submit(build_with_nvcc, Path(folder.name))
+    if "interpreter_run" in asked and has_triton:
+        beside["interpreter"] = pool.submit(run_the_interpreter)
+    if "compiled_for" in asked and has_triton:
         from test_triton import TARGETS, compile_for
 
-        config.stash[COMPILED] = {t: pool.submit(compile_for, t) for t in TARGETS}
+        beside |= {target: pool.submit(compile_for, target) for target in TARGETS}
     pool.shutdown(wait=False)
 
 
-def start_the_interpreter():
+def run_the_interpreter():
     tests = sorted(Path(__file__).parent.glob("test_triton*.py"))
-    return subprocess.Popen(
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,  # a few kilobytes at most, which a pipe holds
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=900,
     )
 
 
 @pytest.fixture
-def compiled_for(pytestconfig):
-    """What became of Triton's kernels for a target."""
-    return lambda target: pytestconfig.stash[COMPILED][target].result()
-
-
-@pytest.fixture
-def interpreter_run(pytestconfig):
-    return pytestconfig.stash[INTERPRETER]
+def beside(pytestconfig):
+    """Futures of what goes on beside the tests."""
+    return pytestconfig.stash[BESIDE]
 
 
 def pytest_unconfigure(config):
-    if process := config.stash.get(INTERPRETER, None):
-        process.kill()
-    for compiling in config.stash.get(COMPILED, {}).values():
-        compiling.cancel()
+    for waiting in config.stash.get(BESIDE, {}).values():
+        waiting.cancel()

@@ -26,6 +26,7 @@ from kdkernels.backends.cuda import CUDABackend
 
 TESTS = Path(__file__).parent
 # Compiling takes minutes for each: the gate asks for one, who changes a kernel for both.
+NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 ARCHITECTURES = ["80", "90"] if os.environ.get("KDKERNELS_TEST_TARGETS") == "all" else ["90"]
 # What tests/native/cuda_on_cpu.h plays: with clusters and without, and both with so little shared
 # memory that a row of a few thousand classes is read again in chunks.
@@ -576,25 +577,38 @@ def test_info_says_why_there_is_no_cuda(capsys):
 # ---- what they compile to -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
+@pytest.fixture
+def built(beside):
     """The module as setup.py builds it for ARCHITECTURES, and what the compiler said."""
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    if not nvcc:
+    if not NVCC:
         pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("cuda")
+    return beside["built"].result()
+
+
+def build_with_nvcc(folder):
+    if not NVCC:
+        return None
     path = folder / Path(_cpu.__file__).name.replace("_cpu", "_cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **_: None)
-        patch.setenv("KDKERNELS_CUDA", "1")
-        patch.setenv("KDKERNELS_CUDA_ARCHS", ";".join(ARCHITECTURES))
-        setup = runpy.run_path(str(TESTS.parent / "setup.py"))
-        description = setup["cuda_ninja_file"](path, setup["find_compiler"]())
-    assert description.count(f"{nvcc} -std") == 1
-    description = description.replace(f"{nvcc} -std", f"{nvcc} -Xptxas=-v -std")
+    # In a process of its own, as it sets what others look at.
+    environment = os.environ | {
+        "KDKERNELS_CUDA": "1",
+        "KDKERNELS_CUDA_ARCHS": ";".join(ARCHITECTURES),
+    }
+    script = (
+        "import runpy, setuptools, sys\n"
+        "setuptools.setup = lambda **_: None\n"
+        "setup = runpy.run_path(sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "print(setup['find_ninja']())\n"
+        "print(setup['cuda_ninja_file'](Path(sys.argv[2]), setup['find_compiler']()), end='')\n"
+    )
+    asked = [sys.executable, "-c", script, TESTS.parent / "setup.py", path]
+    said = subprocess.run(asked, env=environment, check=True, capture_output=True, text=True)
+    ninja, description = said.stdout.split("\n", 1)
+    assert description.count(f"{NVCC} -std") == 1
+    description = description.replace(f"{NVCC} -std", f"{NVCC} -Xptxas=-v -std")
     (folder / "build.ninja").write_text(description, encoding="utf-8")
-    ninja = [setup["find_ninja"](), "-C", folder]
-    done = subprocess.run(ninja, capture_output=True, text=True)
+    done = subprocess.run([ninja, "-C", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return path, done.stdout
 

@@ -680,11 +680,21 @@ def test_an_installed_triton_is_not_enough_without_a_gpu():
     assert reason.count("finds no GPU") == 2
 
 
+@pytest.fixture
+def interpreter_run(beside):
+    return beside["interpreter"].result()
+
+
+@pytest.fixture
+def compiled_for(beside):
+    """What became of the kernels for a target."""
+    return lambda target: beside[target].result()
+
+
 @compiled
 def test_under_the_interpreter(interpreter_run):
-    output, _ = interpreter_run.communicate(timeout=900)
-    assert interpreter_run.returncode == 0, output[-5000:]
-    print(output[-300:])
+    assert interpreter_run.returncode == 0, interpreter_run.stdout[-5000:]
+    print(interpreter_run.stdout[-300:])
 
 
 # --- what it compiles to --------------------------------------------------------------------------
