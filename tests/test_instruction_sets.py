@@ -19,7 +19,7 @@ def test_every_set_that_runs_here_computes_what_is_promised():
     files = [str(TESTS / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     # Without what asks every set itself, and sizes that only take longer.
-    left_out = ["instruction_set", "vocabulary_sizes", "5000", "32000", "151643"]
+    left_out = ["instruction_set", "vocabulary_sizes", "1000", "5000", "32000", "151643"]
     command += ["-k", " and ".join(f"not {name}" for name in left_out)]
 
     def run(arguments, name):
