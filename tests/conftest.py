@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,5 +112,8 @@ def beside(pytestconfig):
 
 
 def pytest_unconfigure(config):
-    for waiting in config.stash.get(BESIDE, {}).values():
+    unfinished = [one for one in config.stash.get(BESIDE, {}).values() if not one.done()]
+    for waiting in unfinished:
         waiting.cancel()
+    if unfinished and shutil.which("pkill"):  # a run cut short does not wait for them
+        subprocess.run(["pkill", "-P", str(os.getpid())])

@@ -16,7 +16,15 @@ import torch
 # At the end: kdkernels is to be the one that is installed.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import gpu_checks, gpu_plot, gpu_report, gpu_results, gpu_timing, providers
+from benchmarks import (
+    gpu_checks,
+    gpu_objectives,
+    gpu_plot,
+    gpu_report,
+    gpu_results,
+    gpu_timing,
+    providers,
+)
 from benchmarks.gpu_providers import Provider
 from benchmarks.gpu_results import COMPILED, COPY, CROSS_ENTROPY, EAGER, FORWARD, TRAIN
 
@@ -310,6 +318,20 @@ def test_a_dry_run_leaves_the_results_alone(tmp_path, monkeypatch):
     )
     assert gpu_report.main(["--dry-run"]) == 0
     assert folders == [tmp_path / "results"]
+
+
+@pytest.mark.parametrize("name", ["jsd", "a top-k teacher, bucket"])
+def test_objectives_are_compared_with_the_reference(name, monkeypatch):
+    batch = gpu_objectives.make(5, 100, torch.float32, "cpu")
+    assert gpu_objectives.compare(name, batch, "cpu")[0]
+    step = gpu_objectives._step
+
+    def off(batch, backend, options):
+        loss, grad = step(batch, backend, options)
+        return loss, grad * (1 + 1e-5 * (backend == "cpu"))
+
+    monkeypatch.setattr(gpu_objectives, "_step", off)
+    assert not gpu_objectives.compare(name, batch, "cpu")[0]
 
 
 def test_a_step_that_is_not_there_is_named(capsys):
