@@ -71,10 +71,12 @@ struct Options {
 // Holding the GIL costs other threads little below this, releasing it costs this call something.
 constexpr int64_t kReleaseWork = 16384;
 
-double run(KdProblem& p, const Options& options, void* loss, void* soft, void* hard, int threads) {
+double run(KdProblem& p, const Options& options, void* loss, void* soft, void* hard,
+           const double* num_items, int threads) {
   p.want_soft = p.alpha > 0 || soft;
   p.want_hard = p.labels && (p.alpha < 1 || hard);
-  const KdOutput out = {options.reduction, p.student_dtype == kFloat64, loss, soft, hard};
+  const bool in_float64 = p.student_dtype == kFloat64;
+  const KdOutput out = {options.reduction, in_float64, loss, soft, hard, num_items};
   KdStatus status;
   {
     std::optional<py::gil_scoped_release> unlocked;
@@ -95,7 +97,7 @@ double run_laid_out(const Options& options, uintptr_t student, uintptr_t teacher
                     const Rows& grad_rows, int64_t rows, int64_t classes, int student_dtype,
                     int teacher_dtype, bool labels_are_int64, int threads,
                     const std::vector<std::pair<uintptr_t, uintptr_t>>& of_rows, Plan* plan,
-                    double z_loss) {
+                    double z_loss, uintptr_t num_items) {
   KdProblem p = options.problem();
   p.plan = plan;
   p.z_loss = z_loss;
@@ -117,7 +119,8 @@ double run_laid_out(const Options& options, uintptr_t student, uintptr_t teacher
   p.labels_are_int64 = labels_are_int64;
   p.rows = rows;
   p.classes = classes;
-  return run(p, options, pointer<void>(loss), pointer<void>(soft), pointer<void>(hard), threads);
+  return run(p, options, pointer<void>(loss), pointer<void>(soft), pointer<void>(hard),
+             pointer<const double>(num_items), threads);
 }
 
 KdTensors& tensors() {
@@ -177,7 +180,7 @@ double run_plain(const Options& options, py::handle student, py::handle teacher,
     p.grad = g.data;
   }
   if (!fits) throw py::value_error("run_plain needs plain tensors that fit each other");
-  return run(p, options, l.data, nullptr, nullptr, threads);
+  return run(p, options, l.data, nullptr, nullptr, nullptr, threads);
 }
 
 double compare_columns(uintptr_t student, uintptr_t teacher, uintptr_t active, uintptr_t grad,

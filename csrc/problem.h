@@ -60,4 +60,7 @@ struct KdOutput {
   KdReduction reduction;
   bool in_float64;           // of the three below; float32 otherwise
   void *loss, *soft, *hard;  // a scalar, or [rows] for kNone; the terms may be null
+  // Null, or what the means of the soft and of the hard term divide by, as the device's numbers; by
+  // the rows of the problem otherwise.
+  const double* num_items;
 };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ from kdkernels.checks import check_inplace, check_tensors
 from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, select
 from kdkernels.intra_class import with_intra_class
 from kdkernels.learnable_temperature import with_rate
+from kdkernels.means import with_items
 from kdkernels.operators import traced_loss
 from kdkernels.options import OPTION_NAMES, Prepared, prepare, prepare_plain
 from kdkernels.reference import KDMetrics, KDTerms, kd_terms
+from kdkernels.shift import shifted
 from kdkernels.teachers import TopKTeacher, logits_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _FusedKDLoss(torch.autograd.Function):
@@ -153,6 +158,9 @@ def kd_loss(
     z_loss: float = 0.0,
     num_classes: int | None = None,
     sample_weight: Tensor | None = None,
+    num_items: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    shift: int = 0,
 ) -> Tensor | KDTerms | KDMetrics:
     """Knowledge-distillation loss ``alpha · T² · KL(p ‖ q) + (1 - alpha) · CE(r, y)`` in one pass.
 
@@ -229,6 +237,16 @@ def kd_loss(
             padded: all from there on are masked in both. Default: all.
         sample_weight: (...), >= 0, multiplies a row's loss; a mean divides by their sum. A row of
             weight 0 is left out. Default None.
+        num_items: what a mean divides by, >= 0, in the place of the rows that count in this call: a
+            number, or a tensor that no host looks at, of both terms or (soft, hard). With the rows
+            of a whole step, over micro-batches and devices, the calls' losses add up to the mean.
+            Default None.
+        group: a process group of torch.distributed, whose processes all make the call: the mean is
+            over the rows of all of them, times their number as DDP and FSDP divide the gradients'
+            sum by it. Default None.
+        shift: n >= 0: the logits of position i of (..., L, C) are those of the label at i + n, as
+            labels of a causal language model come (n = 1); the last n predict nothing. The logits
+            are not copied. Default 0.
 
     Returns:
         The loss, a scalar or (...) with ``reduction="none"``: float32, or float64 for float64
@@ -280,15 +298,19 @@ def kd_loss(
         z_loss,
         num_classes,
     )
+    if shift != 0:
+        labels, sample_weight = shifted(labels, sample_weight, shift, ignore_index, distill_ignored)
     if torch.compiler.is_compiling() or transforms_are_active():
         named = dict(zip(OPTION_NAMES, given, strict=True))
-        return traced_loss(student_logits, teacher_logits, labels, weight, sample_weight, named)
+        rows = (labels, weight, sample_weight, num_items, group)
+        return traced_loss(student_logits, teacher_logits, *rows, named)
     plain = type(divergence) is str and type(beta) is float and type(skew) is float
     if plain and logit_bias is None and not isinstance(temperature, Tensor):
         prepared = prepare_plain(given)
     else:
         prepared = prepare(dict(zip(OPTION_NAMES, given, strict=True)))
-    return checked_loss(student_logits, teacher_logits, labels, weight, sample_weight, prepared)
+    rows = (labels, weight, sample_weight, num_items, group)
+    return checked_loss(student_logits, teacher_logits, *rows, prepared)
 
 
 def checked_loss(
@@ -297,6 +319,8 @@ def checked_loss(
     labels: Tensor | None,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    num_items: Any,
+    group: ProcessGroup | None,
     prepared: Prepared,
 ) -> Tensor | KDTerms | KDMetrics:
     """:func:`kd_loss` once its options have been checked."""
@@ -305,12 +329,16 @@ def checked_loss(
     rate = None
     special = weight is not None or inplace or bool(return_terms) or bool(tensors)
     special = special or backend not in (None, "cpu") or sample_weight is not None
+    special = special or num_items is not None or group is not None
     if special or planned or not backends.PLAIN_CPU.serves(student, teacher, labels):
         if sample_weight is not None:
             tensors = {**tensors, "sample_weight": sample_weight}
         teacher = form_of(teacher, student)
         check_tensors(student, teacher, labels, weight, options, tensors)
         tensors = one_per_row(tensors, student)
+        if num_items is not None or group is not None:
+            mean_of = (num_items, group)
+            tensors = with_items(tensors, *mean_of, student, labels, weight, options)
         learned = is_learned(tensors)
         features |= features_of(type(teacher), tensors.keys(), options, learned)
         dtypes = [t.dtype for t in logits_of(teacher)]

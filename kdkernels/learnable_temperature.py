@@ -113,7 +113,8 @@ def _differentiable_rate(ctx: Any, incoming: Tensor) -> Tensor:
 def rate_of(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
     """d loss / d temperature of each row, (...)."""
     o, classes = call.options, call.options.num_classes or student.shape[-1]
-    per_row = {n: v for n, v in call.tensors.items() if n != "temperature"}
+    others = ("temperature", "num_items")
+    per_row = {n: v for n, v in call.tensors.items() if n not in others}
     per_row["temperature"] = temperature
     if call.labels is not None:
         per_row["labels"] = call.labels
@@ -137,7 +138,7 @@ def rate_of(temperature: Tensor, student: Tensor, call: Call) -> Tensor:
     weight = _soft_weight(temperature, call)
     # A row that is left out has no rate, whatever it holds.
     rate = torch.where(weight == 0, 0.0, o.alpha * rates.reshape(temperature.shape))
-    total = weight.sum()
+    total = call.tensors["num_items"][0] if "num_items" in call.tensors else weight.sum()
     return rate / torch.where(total == 0, 1.0, total) if o.reduction == "mean" else rate
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from kdkernels.backends.base import transforms_are_active
 from kdkernels.checks import check_weight
 from kdkernels.functional import checked_loss
 from kdkernels.operators import traced_loss
-from kdkernels.options import Prepared, prepare
+from kdkernels.options import OPTION_NAMES, Prepared, prepare
 from kdkernels.reference import KDMetrics, KDTerms
+from kdkernels.shift import check_shift, shifted
 from kdkernels.teachers import TopKTeacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FusedKDLoss(nn.Module):
@@ -31,12 +35,12 @@ class FusedKDLoss(nn.Module):
         alpha: share of the distillation term in [0, 1]. Default 0.9.
         weight: class weights of the cross entropy, shape (C,), kept as a buffer.
         divergence: ``"forward_kl"`` (default), or another, or a mapping of names to weights.
-        **others: all that :func:`kdkernels.kd_loss` takes but ``sample_weight``, which goes with
-            the logits.
+        **others: all that :func:`kdkernels.kd_loss` takes but ``sample_weight`` and ``num_items``,
+            which go with the logits.
 
     Shape:
         student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
-        sample_weight: (...), or None. Output: a scalar, or (...) with ``reduction="none"``.
+        sample_weight: (...), or None. num_items: a number, or None. Output: a scalar, or (...) with ``reduction="none"``.
 
     Example:
         >>> loss_fn = FusedKDLoss(temperature=4.0, alpha=0.9)
@@ -85,6 +89,8 @@ class FusedKDLoss(nn.Module):
         logit_bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
         z_loss: float = 0.0,
         num_classes: int | None = None,
+        group: ProcessGroup | None = None,
+        shift: int = 0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULTS}
         super().__init__()
@@ -122,7 +128,8 @@ class FusedKDLoss(nn.Module):
 
     def _check(self) -> Prepared:
         """The options as they are now."""
-        prepared = prepare({name: getattr(self, name) for name in _DEFAULTS})
+        prepared = prepare({name: getattr(self, name) for name in OPTION_NAMES})
+        check_shift(self.shift)
         if not isinstance(self.divergence, Mapping):  # it could change without notice
             self.__dict__["_checked"] = prepared
         return prepared
@@ -137,15 +144,19 @@ class FusedKDLoss(nn.Module):
         teacher_logits: Tensor | TopKTeacher | Sequence[Tensor],
         labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        num_items: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
     ) -> Tensor | KDTerms | KDMetrics:
+        if self.shift != 0:
+            ignored = (self.ignore_index, self.distill_ignored)
+            labels, sample_weight = shifted(labels, sample_weight, self.shift, *ignored)
         if torch.compiler.is_compiling() or transforms_are_active():
-            given = {name: getattr(self, name) for name in _DEFAULTS}
-            return traced_loss(
-                student_logits, teacher_logits, labels, self.weight, sample_weight, given
-            )
+            given = {name: getattr(self, name) for name in OPTION_NAMES}
+            rows = (labels, self.weight, sample_weight, num_items, self.group)
+            return traced_loss(student_logits, teacher_logits, *rows, given)
         prepared = self.__dict__.get("_checked") or self._check()
         weight = self._buffers["weight"]  # where nn.Module would look for it last
-        return checked_loss(student_logits, teacher_logits, labels, weight, sample_weight, prepared)
+        rows = (labels, weight, sample_weight, num_items, self.group)
+        return checked_loss(student_logits, teacher_logits, *rows, prepared)
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in _DEFAULTS}

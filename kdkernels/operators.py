@@ -24,6 +24,7 @@ from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, se
 from kdkernels.divergences import PerRow, Term
 from kdkernels.intra_class import IntraClass, compiled, with_added
 from kdkernels.learnable_temperature import rate_of
+from kdkernels.means import with_items
 from kdkernels.options import Options, prepare, split_tensors
 from kdkernels.reference import KDMetrics, KDTerms, accumulation_dtype, kd_terms
 from kdkernels.teachers import Teacher, TopKTeacher, logits_of, tensors_of
@@ -343,6 +344,8 @@ def traced_loss(
     labels: Tensor | None,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    num_items: Any,
+    group: Any,
     given: dict[str, Any],
 ) -> Tensor | KDTerms | KDMetrics:
     """:func:`kdkernels.kd_loss` where nothing may depend on a value.
@@ -364,7 +367,8 @@ def traced_loss(
     want_grad = tracked and student.requires_grad
     learned = tracked and is_learned(tensors)
     items = tuple([(name, _number(value)) for name, value in given.items()])
-    request = _request(items, tuple(tensors), form, _number(form_temperature), learned)
+    names = tuple(tensors) if num_items is None and group is None else (*tensors, "num_items")
+    request = _request(items, names, form, _number(form_temperature), learned)
     options = _options(request)
     dtypes = tuple([t.dtype for t in logits_of(teacher)])
     by_reference, by_cpu = _served_by(request, student.device, student.dtype, dtypes)
@@ -372,6 +376,8 @@ def traced_loss(
         _check_transformed(given["backend"])
         check_tensors(student, teacher, labels, weight, options, tensors, look=False)
         by_reference, by_cpu = True, False
+    if num_items is not None or group is not None:
+        tensors = with_items(tensors, num_items, group, student, labels, weight, options)
     if by_reference:
         result: Any = kd_terms(
             student, teacher, labels, options, weight, one_per_row(tensors, student)

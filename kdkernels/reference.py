@@ -296,10 +296,13 @@ def kd_terms(
         soft, hard, extra = soft.sum(), hard.sum(), extra.sum()
     else:
         of_class = torch.ones_like(hard) if weight is None else weight[rows.target]
-        soft_weight = torch.where(rows.soft, rows.weight, 0.0).sum()
-        soft = _mean(soft, soft_weight)
-        extra = extra.sum() if o.agreement_reduction == "sum" else _mean(extra, soft_weight)
-        hard = _mean(hard, torch.where(rows.hard, rows.weight * of_class, 0.0).sum())
+        soft_items = torch.where(rows.soft, rows.weight, 0.0).sum()
+        hard_items = torch.where(rows.hard, rows.weight * of_class, 0.0).sum()
+        if "num_items" in tensors:
+            soft_items, hard_items = tensors["num_items"].to(soft)
+        soft = _mean(soft, soft_items)
+        extra = extra.sum() if o.agreement_reduction == "sum" else _mean(extra, soft_items)
+        hard = _mean(hard, hard_items)
     # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
     parts = [w * term for w, term in ((o.alpha, soft), (1 - o.alpha, hard)) if w != 0]
     if o.agreement or o.entropy_gap:

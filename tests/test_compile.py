@@ -9,6 +9,7 @@ from torch import nn
 
 from kdkernels import FusedKDLoss, TopKTeacher, kd_loss, operators
 from kdkernels.modules import _DEFAULTS
+from kdkernels.options import OPTION_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels uses the slower reference")
 ROWS, CLASSES = 6, 33

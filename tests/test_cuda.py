@@ -107,7 +107,12 @@ def test_whatever_else_is_asked_of_the_cpu_kernel_holds(module_path):
             (
                 SMALL_WITH_CLUSTERS,
                 left_out,
-                ["test_objectives.py", "test_learnable_temperature.py", "test_teachers.py"],
+                [
+                    "test_objectives.py",
+                    "test_learnable_temperature.py",
+                    "test_teachers.py",
+                    "test_num_items.py",
+                ],
             ),
             (
                 A100,

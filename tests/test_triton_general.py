@@ -12,7 +12,7 @@ import test_objectives as objectives
 import test_teachers as teachers
 import test_triton_divergences as specialised
 import torch
-from comparing import assert_same_bits, value_and_grad
+from comparing import assert_close, assert_same_bits, value_and_grad
 from formulas import compare, truth
 from test_numerics import GRAD_BOUND, LOSS_BOUND, inputs
 from test_triton import interpreted
@@ -48,6 +48,20 @@ def test_a_temperature_that_is_learned():
         kd_loss(s.to(dtype), t.to(dtype), y, temperature=T, **options).backward()
         rates.append(T.grad.double())
     torch.testing.assert_close(*rates, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"standardize": True}], ids=["simple", "general"])
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+def test_a_mean_over_the_rows_of_other_calls_too(options, dtype):
+    s, t, y = inputs(5, TWO_BLOCKS, dtype=dtype)
+    y[1] = -100
+    whole = value_and_grad("triton", s, t, y, reduction="sum", **options)
+    part = value_and_grad("triton", s, t, y, num_items=(8, torch.tensor(4)), **options)
+    assert abs(part[1] * 8 / whole[1] - 1) < 1e-6
+    assert abs(part[2] * 4 / whole[2] - 1) < 1e-6
+    soft = value_and_grad("triton", s, t, y, alpha=1.0, num_items=8, **options)
+    summed = value_and_grad("triton", s, t, y, alpha=1.0, reduction="sum", **options)
+    assert_close(soft[-1], summed[-1].double() / 8)
 
 
 # ---- divergences ---------------------------------------------------------------------------------

@@ -118,8 +118,9 @@ double sum(const double* values, int64_t n) {
 }  // namespace
 
 KdStatus kd_run(KdProblem& p, const KdOutput& out, int threads) {
-  const Counts counts = count(p);
+  Counts counts = count(p);
   if (counts.bad_label_row >= 0) return {counts.bad_label_row, 1};
+  if (out.num_items) counts.soft = out.num_items[0], counts.hard = out.num_items[1];
 
   const bool mean = out.reduction == kMean;
   const double soft_rows = mean && counts.soft != 0 ? counts.soft : 1;

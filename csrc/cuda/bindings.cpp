@@ -12,7 +12,7 @@ namespace {
 // `plan`: null for the kernels of the forward KL alone; with one, `teacher` is not looked at.
 void run(const Plan* plan, double z_loss, uintptr_t student, uintptr_t teacher, uintptr_t labels,
          uintptr_t weight, uintptr_t grad, uintptr_t loss, uintptr_t soft, uintptr_t hard,
-         uintptr_t grad_scale, uintptr_t workspace, const Rows& student_rows,
+         uintptr_t num_items, uintptr_t grad_scale, uintptr_t workspace, const Rows& student_rows,
          const Rows& teacher_rows, const Rows& grad_rows, int64_t rows, int64_t classes,
          int student_dtype, int teacher_dtype, bool labels_are_int64, double temperature,
          double alpha, int64_t ignore_index, double label_smoothing, int reduction,
@@ -40,8 +40,12 @@ void run(const Plan* plan, double z_loss, uintptr_t student, uintptr_t teacher, 
   p.soft_factor = temperature * temperature;
   p.alpha = alpha;
   p.label_smoothing = label_smoothing;
-  p.out = {static_cast<KdReduction>(reduction), p.student_dtype == kFloat64, pointer<void>(loss),
-           pointer<void>(soft), pointer<void>(hard)};
+  p.out = {static_cast<KdReduction>(reduction),
+           p.student_dtype == kFloat64,
+           pointer<void>(loss),
+           pointer<void>(soft),
+           pointer<void>(hard),
+           pointer<const double>(num_items)};
   p.grad_scale = pointer<double>(grad_scale);
   if (!plan) return kd_cuda_run(p, device, pointer<void>(stream), pointer<void>(workspace));
   KdGeneralProblem q = {};

@@ -55,13 +55,14 @@ KD_DEVICE double largest_gradient(const KdGeneralProblem& p, const Classes& rows
 KD_KERNEL(kGeneralThreads) general_scales_kernel(KD_PARAMETER KdGeneralProblem p) {
   Block block;
   const Classes rows(p.rows, block), classes(p.classes, block);
-  const Numbers<2> counted = rows.sums<2>([&](int64_t row, double (&sums)[2]) {
+  Numbers<2> counted = rows.sums<2>([&](int64_t row, double (&sums)[2]) {
     const double w = p.row_weight(row);
     if (p.soft_active(row)) sums[0] += w;
     if (!p.hard_active(row)) return;
     const int64_t label = p.label(row);  // out of range: the row's loss is NaN, and so is the mean
     sums[1] += w * (p.weight ? p.weight[label >= 0 && label < p.classes ? label : 0] : 1);
   });
+  if (p.out.num_items) counted.of[0] = p.out.num_items[0], counted.of[1] = p.out.num_items[1];
   const bool mean = p.out.reduction == kMean;
   KdGeneralScales s;
   s.soft_rows = mean && counted.of[0] != 0 ? counted.of[0] : 1;

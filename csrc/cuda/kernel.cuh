@@ -42,10 +42,12 @@ KD_DEVICE void fill_scales(const KdCudaProblem& p, const Count& count, Scales& s
 }
 
 // Reading every label in every block is cheaper than a launch to count them, up to a number of rows
-// that the host knows; beyond it, p.counts has been filled by one.
+// that the host knows; beyond it, p.counts has been filled by one. Or the counts are given.
 KD_DEVICE void find_scales(const KdCudaProblem& p, Block& block, Scales& scales) {
   Count count = {static_cast<double>(p.rows), 0};
-  if (p.counts) {
+  if (p.out.num_items) {
+    count = {p.out.num_items[0], p.out.num_items[1]};
+  } else if (p.counts) {
     count = {p.counts->soft_rows, p.counts->hard_weight};
   } else if (p.labels && p.out.reduction == kMean) {
     double sums[2] = {0, 0};

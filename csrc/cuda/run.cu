@@ -121,7 +121,9 @@ int power_of(double temperature) {
 }
 
 bool must_be_counted(const KdCudaProblem& p) {
-  return p.weight || (p.labels && p.out.reduction == kMean && p.rows > kRowsCountedByEachBlock);
+  if (p.weight) return true;  // whose sum and maximum are wanted as well
+  const bool divides = p.labels && p.out.reduction == kMean && !p.out.num_items;
+  return divides && p.rows > kRowsCountedByEachBlock;
 }
 
 void count(KdCudaProblem& p, int device, void* stream, double* memory, unsigned* counter) {

@@ -59,6 +59,13 @@ def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -
     return grad.mul_(factor).masked_fill_(nothing, 0)
 
 
+def items_of(tensors: PerRow) -> tuple[Tensor | None, PerRow]:
+    """What means divide by where that is given, (2,), and the tensors that are of rows or classes."""
+    if "num_items" not in tensors:
+        return None, tensors
+    return tensors["num_items"], {n: v for n, v in tensors.items() if n != "num_items"}
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

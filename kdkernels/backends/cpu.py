@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Result, scale_gradient
+from kdkernels.backends.base import Result, items_of, scale_gradient
 from kdkernels.backends.native import DTYPE_CODES, REDUCTION_CODES, address, laid_out, why_not_built
 from kdkernels.backends.plan import asks_for_plan, needs_plan, plan_of
 from kdkernels.divergences import DIVERGENCES, FORWARD_KL, Term, of_term
@@ -156,6 +156,7 @@ class CPUBackend:
         inplace: bool,
         tensors: PerRow,
     ) -> Result:
+        num_items, tensors = items_of(tensors)
         options, tensors = _with_a_number(options, tensors)
         classes = options.num_classes or student.shape[-1]
         source, student_rows = laid_out(student)
@@ -207,6 +208,7 @@ class CPUBackend:
             [tuple(map(_pointer, pair)) for pair in of_rows],
             None if plan is None else plan.native,
             options.z_loss,
+            _pointer(num_items),
         )
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Result
+from kdkernels.backends.base import Result, items_of
 from kdkernels.backends.native import (
     DTYPE_CODES,
     REDUCTION_CODES,
@@ -104,6 +104,7 @@ class CUDABackend:
         tensors: PerRow,
     ) -> Result:
         temperature, alpha, ignore_index, label_smoothing, reduction, distill_ignored, *_ = options
+        num_items, tensors = items_of(tensors)
         classes = options.num_classes or student.shape[-1]
         rows = student.shape[:-1].numel()
         source, student_rows = laid_out(student)
@@ -151,6 +152,7 @@ class CUDABackend:
             loss.data_ptr(),
             0 if soft is None else soft.data_ptr(),
             0 if hard is None else hard.data_ptr(),
+            0 if num_items is None else num_items.data_ptr(),
             0 if grad_scale is None else grad_scale.data_ptr(),
             workspace.data_ptr(),
             student_rows,

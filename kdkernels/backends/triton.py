@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import triton_general, triton_mixture
-from kdkernels.backends.base import Result
+from kdkernels.backends.base import Result, items_of
 from kdkernels.backends.native import address, laid_out
 from kdkernels.backends.reference import check_labels
 from kdkernels.backends.triton_device import (
@@ -123,6 +123,7 @@ class TritonBackend:
         if not isinstance(teacher, Tensor) or _is_general(options, frozenset(tensors)):
             call = (student, teacher, labels, weight, options, want_terms, want_grad, inplace)
             return triton_general.run(_kernels(), *call, tensors)
+        num_items, tensors = items_of(tensors)
         shape = student.shape[:-1] if options.reduction == "none" else ()
         loss = student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
         soft = torch.empty_like(loss) if want_terms else None
@@ -141,7 +142,7 @@ class TritonBackend:
             return Result(loss, soft, hard, grad)
         with current(student.device):
             launch = _Launch(student, teacher, labels, weight, options, want_terms, tensors)
-            scales = launch.scales(grad is not None)
+            scales = launch.scales(grad is not None, num_items)
             launch.rows(source, student_rows, grad, grad_rows, inplace, scales, (loss, soft, hard))
         if grad is not None and inplace and source is not student:
             grad = student.detach().copy_(grad)
@@ -253,13 +254,13 @@ class _Launch:
         parts = min(MAX_PARTS, -(-self.count // SHARE))
         return parts, -(-self.count // parts)
 
-    def scales(self, want_grad: bool) -> Tensor:
+    def scales(self, want_grad: bool, num_items: Tensor | None) -> Tensor:
         """The numbers that ``triton_kernels/state.py`` lists."""
         kernels, options, wide = _kernels(), self.options, _wide(self.has_double)
         mean = options.reduction == "mean"
         counts = None
         parts, share = self.parts()
-        if mean and self.labels is not None and parts > 1:
+        if mean and num_items is None and self.labels is not None and parts > 1:
             counts = self.new(2, parts)
             kernels.count_kernel[(parts,)](
                 self.labels,
@@ -282,6 +283,7 @@ class _Launch:
             self.labels,
             self.weight,
             counts,
+            None if num_items is None else num_items.to(self.wide),
             scales,
             self.count,
             parts,

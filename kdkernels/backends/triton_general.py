@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Result
+from kdkernels.backends.base import Result, items_of
 from kdkernels.backends.native import laid_out
 from kdkernels.backends.plan import AGREEMENT, ENTROPY_GAP, Plan
 from kdkernels.backends.reference import ReferenceBackend
@@ -236,6 +236,8 @@ def _batch(
             inside = active & (labels >= 0) & (labels < classes)
             of_labels = of_labels * class_weight[torch.where(inside, labels, 0)]
         hard = of_labels.sum()
+    if "num_items" in tensors:
+        soft, hard = tensors["num_items"].unbind()
     # Nothing active is 0, not 0/0.
     soft, hard = (torch.where(n == 0, one, n) for n in (soft, hard))
     return _Batch(soft, hard, one if options.agreement_reduction == "sum" else soft)
@@ -382,7 +384,8 @@ class _Call:
         self.labels = None if labels is None else labels.long().resolve_neg().contiguous()
         self.weight = _wide(weight)
         self.teachers = _teachers(teacher, student, options)
-        own = tuple(name for name in tensors if not name.endswith("_bias"))
+        _, of_rows = items_of(tensors)
+        own = tuple(name for name in of_rows if not name.endswith("_bias"))
         soft = options.alpha > 0 or want_terms
         hard = labels is not None and (options.alpha < 1 or want_terms)
         self.plan = _plan(

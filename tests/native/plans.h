@@ -115,7 +115,7 @@ inline bool check_plan(PlanKind kind, int64_t classes, KdDtype dtype, bool want_
   p.soft_factor = 4;
   p.alpha = 0.7;
   p.z_loss = kind == kMapped ? 0.01 : 0;
-  kd_run(p, {kNone, true, loss.data(), nullptr, nullptr}, 2);
+  kd_run(p, {kNone, true, loss.data(), nullptr, nullptr, nullptr}, 2);
   bool good = true;
   for (const double x : loss) good &= std::isfinite(x);
   for (const double x : metrics) good &= std::isfinite(x);

@@ -135,7 +135,7 @@ bool check(const Case& c, std::mt19937& random) {
   p.soft_factor = c.temperature * c.temperature;
   p.alpha = alpha;
   p.label_smoothing = c.smoothing;
-  const KdStatus status = kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data()}, 2);
+  const KdStatus status = kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data(), nullptr}, 2);
 
   double soft_rows = 0, hard_rows = 0, total_w = 0, error = 0, norm = 0;
   for (double x : w) total_w += x;
@@ -219,7 +219,7 @@ bool check_divergence(KdDivergence kind, int64_t classes, KdDtype dtype, bool gr
   p.decoupled = kind == kDecoupled;
   p.terms = 1;
   p.term[0] = {kind, 1.0, 0.3, 0.6, nullptr, nullptr};
-  kd_run(p, {kNone, false, loss.data(), nullptr, nullptr}, 2);
+  kd_run(p, {kNone, false, loss.data(), nullptr, nullptr, nullptr}, 2);
   bool good = true;
   for (int64_t i = 0; i < rows; ++i) {
     double total = 0, size = 1e-30;
@@ -301,7 +301,7 @@ int main() {
     p.ignore_index = kIgnore;
     p.temperature = p.teacher_temperature = p.soft_factor = 1;
     p.alpha = 0.5;
-    const KdStatus status = kd_run(p, {kMean, false, &loss, nullptr, nullptr}, 1);
+    const KdStatus status = kd_run(p, {kMean, false, &loss, nullptr, nullptr, nullptr}, 1);
     failed += !(status.bad_label_row == 0 && loss == 7 && grad[0] == 7 && grad[1] == 7);
     ++done;
   }

@@ -152,6 +152,7 @@ def scales_kernel(
     labels,
     weight,
     counts,  # of count_kernel, [2, parts]; None: few enough to be counted here
+    num_items,  # [2]; None: the means are of these rows
     scales,
     rows,
     parts,
@@ -175,7 +176,9 @@ def scales_kernel(
     soft_rows, hard_rows = one, one
     if MEAN:
         soft_rows = rows.to(WIDE)
-        if labels is not None:
+        if num_items is not None:
+            soft_rows, hard_rows = tl.load(num_items), tl.load(num_items + 1)
+        elif labels is not None:
             if counts is not None:
                 active = _sum(counts, 0, parts, WIDE, BLOCK)
                 hard_rows = _sum(counts + parts, 0, parts, WIDE, BLOCK)
