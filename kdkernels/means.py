@@ -63,8 +63,8 @@ def _number(value: Any, student: Tensor) -> Tensor:
             raise ValueError(f"num_items must be one number, got shape {tuple(value.shape)}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _check(value.item())
-        value = value.detach().reshape(())
-        return value.to(student.device, torch.float64, non_blocking=True)
+        one = value.detach().reshape(())
+        return one.to(student.device, torch.float64, non_blocking=True)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"num_items must be a number or a Tensor, got {type(value).__name__}")
     _check(value)

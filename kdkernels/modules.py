@@ -40,7 +40,8 @@ class FusedKDLoss(nn.Module):
 
     Shape:
         student_logits, teacher_logits: (..., C). labels: (...), integers, or None if alpha is 1.
-        sample_weight: (...), or None. num_items: a number, or None. Output: a scalar, or (...) with ``reduction="none"``.
+        sample_weight: (...), or None. num_items: a number, or None.
+        Output: a scalar, or (...) with ``reduction="none"``.
 
     Example:
         >>> loss_fn = FusedKDLoss(temperature=4.0, alpha=0.9)
@@ -51,6 +52,10 @@ class FusedKDLoss(nn.Module):
     """
 
     weight: Tensor | None
+    group: ProcessGroup | None
+    shift: int
+    ignore_index: int
+    distill_ignored: bool
 
     def __init__(
         self,

@@ -356,9 +356,9 @@ def traced_loss(
     if given["inplace"]:
         raise RuntimeError("inplace=True can be neither compiled nor transformed by torch.func")
     transformed = not torch.compiler.is_compiling()
-    tensors = split_tensors(given)
+    tensors: PerRow = split_tensors(given)
     if sample_weight is not None:
-        tensors["sample_weight"] = sample_weight
+        tensors = {**tensors, "sample_weight": sample_weight}
     teacher = form_of(teacher, student)
     form, form_temperature = "several" if isinstance(teacher, tuple) else "one", 1.0
     if isinstance(teacher, TopKTeacher):

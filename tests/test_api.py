@@ -56,6 +56,7 @@ DEFAULTS = {
     "z_loss": 0.0,
     "num_classes": None,
 }
+OF_CALLS = {"group": None, "shift": 0}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,15 +100,17 @@ def test_the_signature_of_kd_loss():
     assert list(positional) == ["student_logits", "teacher_logits", "labels"]
     assert positional["labels"] is None
     assert positional["student_logits"] is positional["teacher_logits"] is inspect.Parameter.empty
-    assert list(keywords.items()) == [*DEFAULTS.items(), ("sample_weight", None)]
+    expected = DEFAULTS | {"sample_weight": None, "num_items": None} | OF_CALLS
+    assert list(keywords.items()) == [*expected.items()]
     assert len(parameters) == len(positional) + len(keywords)
 
 
 def test_the_module_takes_the_options_of_the_function():
     parameters = inspect.signature(FusedKDLoss).parameters
-    assert {name: p.default for name, p in parameters.items()} == DEFAULTS
+    assert {name: p.default for name, p in parameters.items()} == DEFAULTS | OF_CALLS
     forward = inspect.signature(FusedKDLoss().forward).parameters
-    assert list(forward) == ["student_logits", "teacher_logits", "labels", "sample_weight"]
+    logits = ["student_logits", "teacher_logits", "labels"]
+    assert list(forward) == [*logits, "sample_weight", "num_items"]
     module = FusedKDLoss()
     expected = DEFAULTS | {"temperature": 4.0}
     assert {name: getattr(module, name) for name in DEFAULTS} == expected

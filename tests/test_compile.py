@@ -11,6 +11,7 @@ from kdkernels import FusedKDLoss, TopKTeacher, kd_loss, operators
 from kdkernels.modules import _DEFAULTS
 from kdkernels.options import OPTION_NAMES
 
+USUAL = {name: _DEFAULTS[name] for name in OPTION_NAMES}
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels uses the slower reference")
 ROWS, CLASSES = 6, 33
 
@@ -270,12 +271,12 @@ def test_the_operator_keeps_its_word(reduction, learned):
     s, t, y = inputs(ROWS, CLASSES)
     T = torch.linspace(1, 4, ROWS).requires_grad_(learned)
     options = {"reduction": reduction, "alpha": 0.9, "temperature": 1.0, "return_terms": True}
-    given = {**_DEFAULTS, **options}
+    given = USUAL | options
     text = operators._request(tuple(given.items()), ("temperature",), "one", 1.0, learned)
     arguments = (s.requires_grad_(), [t], y, None, [T], text, True)
     torch.library.opcheck(operators._loss, arguments)
     text = operators._request(
-        tuple((_DEFAULTS | {"reduction": reduction}).items()), (), "one", 1.0, False
+        tuple((USUAL | {"reduction": reduction}).items()), (), "one", 1.0, False
     )
     torch.library.opcheck(operators._plain_loss, (s, t, y, text, True))
     given |= {"divergence": "dist", "reduction": "mean"}

@@ -60,7 +60,7 @@ def scale_gradient(grad: Tensor, incoming: Tensor, grad_scale: float | Tensor) -
 
 
 def items_of(tensors: PerRow) -> tuple[Tensor | None, PerRow]:
-    """What means divide by where that is given, (2,), and the tensors that are of rows or classes."""
+    """What means divide by, (2,), where that is given, and the tensors of rows and classes."""
     if "num_items" not in tensors:
         return None, tensors
     return tensors["num_items"], {n: v for n, v in tensors.items() if n != "num_items"}
