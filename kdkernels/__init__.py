@@ -6,12 +6,14 @@ from kdkernels.functional import kd_loss
 from kdkernels.modules import FusedKDLoss
 from kdkernels.reference import KDMetrics, KDTerms
 from kdkernels.teachers import TopKTeacher
+from kdkernels.vocab_parallel import VocabParallel
 
 __all__ = [
     "FusedKDLoss",
     "KDMetrics",
     "KDTerms",
     "TopKTeacher",
+    "VocabParallel",
     "__version__",
     "empty_cache",
     "kd_loss",

@@ -90,7 +90,7 @@ def total_variation(log_p: Tensor, log_q: Tensor, parameter: Parameter = 0.0) ->
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
-def _sum_of_powers(log_p: Tensor, log_q: Tensor, a: float) -> Tensor:
+def sum_of_powers(log_p: Tensor, log_q: Tensor, a: float) -> Tensor:
     """Sum of p^a q^(1 - a)."""
     no_p, no_q = log_p == -torch.inf, log_q == -torch.inf
     left_out = no_p | no_q
@@ -110,13 +110,13 @@ def alpha_divergence(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
         return _kl(log_p, log_q)
     if a == 0:
         return _kl(log_q, log_p)
-    return (_sum_of_powers(log_p, log_q, a) - 1) / (a * (a - 1))
+    return (sum_of_powers(log_p, log_q, a) - 1) / (a * (a - 1))
 
 
 def renyi(log_p: Tensor, log_q: Tensor, a: Parameter) -> Tensor:
     """log(Σ p^a q^(1-a)) / (a - 1): Rényi 1961; its limit at a = 1 is forward KL."""
     assert not isinstance(a, Tensor)
-    return _kl(log_p, log_q) if a == 1 else _sum_of_powers(log_p, log_q, a).log() / (a - 1)
+    return _kl(log_p, log_q) if a == 1 else sum_of_powers(log_p, log_q, a).log() / (a - 1)
 
 
 class Row(NamedTuple):

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from kdkernels import backends
 from kdkernels.backends.base import graph_is_kept, transforms_are_active
+from kdkernels.backends.sharded import ShardedBackend
 from kdkernels.call import Call
 from kdkernels.checks import check_inplace, check_tensors
 from kdkernels.dispatch import features_of, form_of, is_learned, one_per_row, select
@@ -22,6 +23,7 @@ from kdkernels.options import OPTION_NAMES, Prepared, prepare, prepare_plain
 from kdkernels.reference import KDMetrics, KDTerms, kd_terms
 from kdkernels.shift import shifted
 from kdkernels.teachers import TopKTeacher, logits_of
+from kdkernels.vocab_parallel import VocabParallel, is_dtensor, sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,6 +106,8 @@ def _take_gradient(ctx: Any, incoming: Tensor) -> Tensor:
 def _differentiable_gradient(ctx: Any, incoming: Tensor) -> Tensor:
     """The gradient under create_graph=True, by the reference, which can be differentiated."""
     call = _call_of(ctx)
+    if isinstance(call.backend, ShardedBackend):
+        raise RuntimeError("vocab_parallel has no second derivative (create_graph=True)")
     if call.inplace:
         raise RuntimeError(
             "inplace=True overwrote student_logits: no second derivative (create_graph=True)"
@@ -161,6 +165,7 @@ def kd_loss(
     num_items: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
     group: ProcessGroup | None = None,
     shift: int = 0,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | KDTerms | KDMetrics:
     """Knowledge-distillation loss ``alpha · T² · KL(p ‖ q) + (1 - alpha) · CE(r, y)`` in one pass.
 
@@ -247,6 +252,9 @@ def kd_loss(
         shift: n >= 0: the logits of position i of (..., L, C) are those of the label at i + n, as
             labels of a causal language model come (n = 1); the last n predict nothing. The logits
             are not copied. Default 0.
+        vocab_parallel: :class:`kdkernels.VocabParallel`: the classes are sharded over a process
+            group, student and teacher alike, and the loss is that of the whole logits; or logits
+            that are DTensors with ``Shard(-1)``. Default None.
 
     Returns:
         The loss, a scalar or (...) with ``reduction="none"``: float32, or float64 for float64
@@ -300,9 +308,12 @@ def kd_loss(
     )
     if shift != 0:
         labels, sample_weight = shifted(labels, sample_weight, shift, ignore_index, distill_ignored)
+    shard = vocab_parallel
     if torch.compiler.is_compiling() or transforms_are_active():
         named = dict(zip(OPTION_NAMES, given, strict=True))
         rows = (labels, weight, sample_weight, num_items, group)
+        if shard is not None or is_dtensor(student_logits):
+            return uncompiled_loss(student_logits, teacher_logits, *rows, shard, prepare(named))
         return traced_loss(student_logits, teacher_logits, *rows, named)
     plain = type(divergence) is str and type(beta) is float and type(skew) is float
     if plain and logit_bias is None and not isinstance(temperature, Tensor):
@@ -310,7 +321,7 @@ def kd_loss(
     else:
         prepared = prepare(dict(zip(OPTION_NAMES, given, strict=True)))
     rows = (labels, weight, sample_weight, num_items, group)
-    return checked_loss(student_logits, teacher_logits, *rows, prepared)
+    return checked_loss(student_logits, teacher_logits, *rows, shard, prepared)
 
 
 def checked_loss(
@@ -321,6 +332,7 @@ def checked_loss(
     sample_weight: Tensor | None,
     num_items: Any,
     group: ProcessGroup | None,
+    shard: VocabParallel | None,
     prepared: Prepared,
 ) -> Tensor | KDTerms | KDMetrics:
     """:func:`kd_loss` once its options have been checked."""
@@ -329,8 +341,13 @@ def checked_loss(
     rate = None
     special = weight is not None or inplace or bool(return_terms) or bool(tensors)
     special = special or backend not in (None, "cpu") or sample_weight is not None
-    special = special or num_items is not None or group is not None
+    special = special or num_items is not None or group is not None or shard is not None
     if special or planned or not backends.PLAIN_CPU.serves(student, teacher, labels):
+        if shard is not None or is_dtensor(student):
+            local = sharded(
+                shard, student, teacher, labels, sample_weight, weight, options, tensors, inplace
+            )
+            shard, student, teacher, labels, sample_weight = local
         if sample_weight is not None:
             tensors = {**tensors, "sample_weight": sample_weight}
         teacher = form_of(teacher, student)
@@ -343,6 +360,8 @@ def checked_loss(
         features |= features_of(type(teacher), tensors.keys(), options, learned)
         dtypes = [t.dtype for t in logits_of(teacher)]
         chosen = select(student.device, student.dtype, dtypes, features, backend)
+        if shard is not None:
+            chosen = ShardedBackend(shard, chosen)
         if inplace:
             check_inplace(student, teacher, labels, weight, tensors)
         if learned and chosen.name != "reference" and options.alpha > 0:
@@ -374,3 +393,12 @@ def checked_loss(
     if needs_grad and inplace:
         _Overwritten.apply(student)
     return result  # type: ignore[no-any-return]
+
+
+def uncompiled_loss(*arguments: Any) -> Tensor | KDTerms | KDMetrics:
+    """:func:`checked_loss` where a compiler is to leave off: processes exchange numbers in it."""
+    return checked_loss(*arguments)
+
+
+# As torch.compiler.disable does, without its import of the whole compiler.
+uncompiled_loss._torchdynamo_disable = True  # type: ignore[attr-defined]

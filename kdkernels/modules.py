@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from kdkernels.backends.base import transforms_are_active
 from kdkernels.checks import check_weight
-from kdkernels.functional import checked_loss
+from kdkernels.functional import checked_loss, uncompiled_loss
 from kdkernels.operators import traced_loss
 from kdkernels.options import OPTION_NAMES, Prepared, prepare
 from kdkernels.reference import KDMetrics, KDTerms
 from kdkernels.shift import check_shift, shifted
 from kdkernels.teachers import TopKTeacher
+from kdkernels.vocab_parallel import VocabParallel, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,6 +55,7 @@ class FusedKDLoss(nn.Module):
     weight: Tensor | None
     group: ProcessGroup | None
     shift: int
+    vocab_parallel: VocabParallel | None
     ignore_index: int
     distill_ignored: bool
 
@@ -96,6 +98,7 @@ class FusedKDLoss(nn.Module):
         num_classes: int | None = None,
         group: ProcessGroup | None = None,
         shift: int = 0,
+        vocab_parallel: VocabParallel | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULTS}
         super().__init__()
@@ -157,11 +160,15 @@ class FusedKDLoss(nn.Module):
         if torch.compiler.is_compiling() or transforms_are_active():
             given = {name: getattr(self, name) for name in OPTION_NAMES}
             rows = (labels, self.weight, sample_weight, num_items, self.group)
+            if self.vocab_parallel is not None or is_dtensor(student_logits):
+                rest = (self.vocab_parallel, prepare(given))
+                return uncompiled_loss(student_logits, teacher_logits, *rows, *rest)
             return traced_loss(student_logits, teacher_logits, *rows, given)
         prepared = self.__dict__.get("_checked") or self._check()
         weight = self._buffers["weight"]  # where nn.Module would look for it last
         rows = (labels, weight, sample_weight, num_items, self.group)
-        return checked_loss(student_logits, teacher_logits, *rows, prepared)
+        shard = self.vocab_parallel
+        return checked_loss(student_logits, teacher_logits, *rows, shard, prepared)
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in _DEFAULTS}

@@ -104,7 +104,7 @@ def _rows(labels: Tensor | None, ones: Tensor, classes: int, o: Options, tensors
     )
 
 
-def _effective(
+def effective(
     logits: Tensor, keep: Tensor, bias: Tensor | None, scale: float, cap: float | None
 ) -> Tensor:
     """Logits as the model means them: cap · tanh(scale · (v + bias) / cap), (N, C)."""
@@ -194,7 +194,7 @@ def _teacher_of(
             continue
         logits = t.detach()[..., : student.shape[-1]].reshape(student.shape).to(student.dtype)
         bias = tensors.get("teacher_bias")
-        logits = _effective(logits, keep, bias, o.teacher_scale, o.softcap)
+        logits = effective(logits, keep, bias, o.teacher_scale, o.softcap)
         forms.append((weight / sum(weights), logits))
     if o.ensemble == "logits":
         forms = [(1.0, torch.stack([w * t for w, t in forms]).sum(0))] if len(forms) > 1 else forms
@@ -268,7 +268,7 @@ def _prepared(
     student = student_logits[..., :classes].reshape(-1, classes).to(dtype)
     rows = _rows(labels, torch.ones_like(student[:, 0]), classes, o, tensors)
     bias = tensors.get("student_bias")
-    student = _effective(student, rows.soft, bias, o.student_scale, o.softcap)
+    student = effective(student, rows.soft, bias, o.student_scale, o.softcap)
     return student, _teacher_of(teacher_logits, student, rows.soft, o, tensors), rows
 
 

@@ -56,7 +56,7 @@ DEFAULTS = {
     "z_loss": 0.0,
     "num_classes": None,
 }
-OF_CALLS = {"group": None, "shift": 0}
+OF_CALLS = {"group": None, "shift": 0, "vocab_parallel": None}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,370 @@
+"""The loss of logits whose classes are spread over processes, in PyTorch, some rows at a time.
+
+Three looks at the logits and two exchanges. The first look takes the logarithms of this shard's
+sums, which the processes add up to normalise with. The second takes the divergence's sums over the
+shard's classes, and Σ ∂D/∂log q, which a row's gradient needs of all classes:
+
+    ∂D/∂s_j = (∂D/∂log q_j - q_j Σ_k ∂D/∂log q_k) / T
+
+The third writes the gradient. What is exchanged is gathered, not reduced on the way, and added in
+the order of the processes: all of them come to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdkernels.backends import triton_device
+from kdkernels.backends.base import Backend, Result
+from kdkernels.divergences import DIVERGENCES, Term, sum_of_powers
+from kdkernels.reference import accumulation_dtype, effective
+
+if TYPE_CHECKING:
+    from kdkernels.divergences import PerRow
+    from kdkernels.options import Options
+    from kdkernels.teachers import Teacher
+    from kdkernels.vocab_parallel import VocabParallel
+
+# Logits at a time: a few tensors of them in double beside each other.
+CHUNK = {"cpu": 2**17}
+LARGE_CHUNK = 2**23
+
+
+class ShardedBackend:
+    """``base`` scales the gradient in the backward, as it does its own."""
+
+    name = "vocab_parallel"
+    device_types: tuple[str, ...] = ()
+    features: frozenset[str] | None = None
+    specialised: frozenset[str] | None = None
+
+    def __init__(self, shard: VocabParallel, base: Backend) -> None:
+        self.shard, self.base = shard, base
+        self.scale = base.scale
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def details(self) -> str:
+        return "PyTorch"
+
+    def why_not(
+        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+    ) -> str | None:
+        return None
+
+    def run(
+        self,
+        student: Tensor,
+        teacher: Teacher,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        options: Options,
+        want_terms: bool,
+        want_grad: bool,
+        inplace: bool,
+        tensors: PerRow,
+    ) -> Result:
+        assert isinstance(teacher, Tensor)  # or it were refused
+        rows = _Rows.of(student, labels, self.shard, options, tensors)
+        call = _Call(self.shard, student, teacher, rows, options, tensors, want_terms)
+        call.normalise()
+        soft, hard = call.compare(want_grad), call.cross_entropy()
+        reduced = [rows.reduced(soft, 0, options), rows.reduced(hard, 1, options)]
+        shape = student.shape[:-1] if options.reduction == "none" else ()
+        dtype = accumulation_dtype(student.dtype)
+        # A term of weight zero is no part of the loss: 0 * inf must not make it NaN.
+        shares = (options.alpha, 1 - options.alpha)
+        parts = [w * x for w, x in zip(shares, reduced, strict=True) if w != 0]
+        soft, hard, loss = (
+            x.reshape(shape).to(dtype) for x in (*reduced, sum(parts[1:], parts[0]))
+        )
+        grad, grad_scale = call.gradient(inplace) if want_grad else (None, 1.0)
+        return Result(loss, soft, hard, grad, grad_scale)
+
+
+class _Rows(NamedTuple):
+    """What takes part, (N,) each, and what the means divide by."""
+
+    soft: Tensor  # bool
+    hard: Tensor  # bool
+    here: Tensor  # bool: the label is one of this shard's
+    target: Tensor  # the label in this shard, or 0
+    weight: Tensor  # the sample's
+    items: Tensor  # (2,)
+
+    @classmethod
+    def of(
+        cls,
+        student: Tensor,
+        labels: Tensor | None,
+        shard: VocabParallel,
+        options: Options,
+        tensors: PerRow,
+    ) -> _Rows:
+        has_double = student.device.type != "mps" and triton_device.has_double(
+            student.device.type, student.device.index
+        )
+        wide = torch.float64 if has_double else torch.float32
+        ones = torch.ones(student.shape[:-1].numel(), dtype=wide, device=student.device)
+        weight = ones
+        if "sample_weight" in tensors:
+            weight = tensors["sample_weight"].reshape(-1).to(ones)
+        counted = weight != 0
+        if labels is None:
+            target, hard = torch.zeros_like(counted, dtype=torch.long), torch.zeros_like(counted)
+            soft = counted
+        else:
+            target = labels.reshape(-1).long()
+            hard = (target != options.ignore_index) & counted
+            soft = counted if options.distill_ignored else hard
+        here = hard & (target >= shard.start) & (target < shard.stop)
+        target = torch.where(here, target - shard.start, 0)
+        items = torch.stack([torch.where(active, weight, 0.0).sum() for active in (soft, hard)])
+        if "num_items" in tensors:
+            items = tensors["num_items"].to(wide)
+        if options.reduction != "mean":
+            items = torch.ones_like(items)
+        # Nothing active is 0, not 0/0.
+        return cls(soft, hard, here, target, weight, torch.where(items == 0, 1.0, items))
+
+    def reduced(self, values: Tensor, term: int, options: Options) -> Tensor:
+        values = torch.where((self.soft, self.hard)[term], values * self.weight, 0.0)
+        return values if options.reduction == "none" else values.sum() / self.items[term]
+
+
+class _Measure(NamedTuple):
+    """A divergence of whole rows as a last step of a sum over the classes."""
+
+    sums: Callable[[Tensor, Tensor], Tensor]  # of (log p, log q) here, (n,)
+    last: Callable[[Tensor], Tensor]
+
+
+def _measure(term: Term) -> _Measure:
+    a = term.parameter
+    if term.name == "alpha" and a not in (0, 1):
+        return _Measure(lambda p, q: sum_of_powers(p, q, a), lambda x: (x - 1) / (a * (a - 1)))
+    if term.name == "renyi" and a != 1:
+        return _Measure(lambda p, q: sum_of_powers(p, q, a), lambda x: x.log() / (a - 1))
+    rows = DIVERGENCES[term.name].rows
+    return _Measure(lambda p, q: rows(p, q, a), lambda x: x)
+
+
+class _Chunk(NamedTuple):
+    """Some rows, their effective logits in double, (n, c)."""
+
+    at: slice
+    leaf: Tensor  # of which the gradient is taken
+    student: Tensor
+    teacher: Tensor | None
+
+
+class _Call:
+    """One call of the loss, from look to look."""
+
+    # After normalise(): log of the sums over all classes, of e^(s/T), e^(t/T) and e^s.
+    log_q: Tensor
+    log_p: Tensor
+    log_r: Tensor
+    at_label: Tensor  # the student's logit of the label, 0 without one
+    smooth: Tensor  # the sum of the student's logits
+    classes: Tensor  # all of them
+    # After compare(): of each divergence, the derivative by its sum, and the row's Σ ∂D/∂log q.
+    slopes: Tensor
+    total: Tensor
+
+    def __init__(
+        self,
+        shard: VocabParallel,
+        student: Tensor,
+        teacher: Tensor,
+        rows: _Rows,
+        options: Options,
+        tensors: PerRow,
+        want_terms: bool,
+    ) -> None:
+        self.shard, self.rows, self.options, self.tensors = shard, rows, options, tensors
+        self.student, self.shape = student.detach(), student.shape
+        self.flat = self.student.reshape(-1, student.shape[-1])
+        self.teacher = teacher.detach().reshape(self.flat.shape)
+        self.temperature = options.temperature
+        self.teacher_temperature = options.teacher_temperature or options.temperature
+        self.factor = self.temperature**2 if options.scale_by_t2 else 1.0
+        self.want_soft = options.alpha > 0 or want_terms
+        self.want_hard = options.alpha < 1 or want_terms
+        # A term of weight zero is no part of the loss, whatever its value.
+        self.terms = [t for t in options.divergence if t.weight != 0]
+        self.measures = [_measure(term) for term in self.terms]
+        self.grad_scale = _float16_scale(self) if student.dtype == torch.float16 else 1.0
+
+    def chunks(self, want_grad: bool = False, soft: bool = True) -> Iterator[_Chunk]:
+        o, wide = self.options, self.rows.weight.dtype
+        chunk = CHUNK.get(self.flat.device.type, LARGE_CHUNK)
+        at_once = max(1, chunk // self.flat.shape[1])
+        for first in range(0, len(self.flat), at_once):
+            at = slice(first, min(first + at_once, len(self.flat)))
+            # Ignored rows are replaced before any arithmetic: 0 * NaN would reach the gradient.
+            keep = self.rows.soft[at]
+            leaf = self.flat[at].to(wide).requires_grad_(want_grad)
+            student = effective(leaf, keep, None, o.student_scale, o.softcap)
+            teacher = None
+            if soft and self.want_soft:
+                raw = self.teacher[at].to(wide)
+                teacher = effective(raw, keep, None, o.teacher_scale, o.softcap)
+            yield _Chunk(at, leaf, student, teacher)
+
+    # ---- the first look --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        smoothing = self.options.label_smoothing > 0 and self.want_hard
+        columns = 6 if smoothing else 5
+        here = self.rows.weight.new_zeros(len(self.flat) + 1, columns)
+        for at, _, s, t in self.chunks():
+            here[at, 0] = torch.logsumexp(s / self.temperature, -1)
+            here[at, 1] = 0 if t is None else torch.logsumexp(t / self.teacher_temperature, -1)
+            here[at, 2] = torch.logsumexp(s, -1)
+            label = s.gather(-1, self.rows.target[at, None]).squeeze(-1)
+            here[at, 3] = torch.where(self.rows.here[at], label, 0.0)
+            here[at, 4] = self.rows.here[at]
+            if smoothing:
+                here[at, 5] = s.sum(-1)
+        here[-1, 0], here[-1, 1] = self.shard.start, self.shard.stop
+        parts = _exchange(here, self.shard)
+        starts, stops = parts[:, -1, 0], parts[:, -1, 1]
+        self.classes = (stops - starts).sum()
+        self._check(parts, starts, stops)
+        rows = parts[:, :-1]
+        self.log_q, self.log_p, self.log_r = torch.logsumexp(rows[..., :3], 0).unbind(-1)
+        self.at_label = rows[..., 3].sum(0)
+        # The label of a row must be one process's; on the CPU another has raised.
+        self.valid = torch.where(self.rows.hard & (rows[..., 4].sum(0) != 1), torch.nan, 1.0)
+        self.smooth = rows[..., 5].sum(0) if smoothing else torch.zeros_like(self.log_q)
+
+    def _check(self, parts: Tensor, starts: Tensor, stops: Tensor) -> None:
+        if self.flat.device.type != "cpu":  # the host would wait
+            return
+        ends = [0, *sorted(int(stop) for stop in stops)]
+        if sorted(int(start) for start in starts) != ends[:-1]:
+            shards = [(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+            raise ValueError(
+                "vocab_parallel: the shards of the group must make [0, C) without gaps, got "
+                f"{shards}"
+            )
+        bad = self.rows.hard & (parts[:, :-1, 4].sum(0) != 1)
+        if bad.any():
+            raise IndexError(
+                f"labels[{int(bad.nonzero()[0])}] is none of the {ends[-1]} classes of the group: "
+                f"expected 0 <= label < {ends[-1]} or ignore_index {self.options.ignore_index}"
+            )
+
+    # ---- the second ------------------------------------------------------------------------------
+
+    def logarithms(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        """log p and log q of a chunk's classes here."""
+        at, _, s, t = chunk
+        assert t is not None
+        log_p = t / self.teacher_temperature - self.log_p[at, None]
+        return log_p, s / self.temperature - self.log_q[at, None]
+
+    def compare(self, want_grad: bool) -> Tensor:
+        """The soft term of each row."""
+        count, terms = len(self.flat), len(self.terms)
+        if not self.want_soft or not terms:
+            return self.log_q.new_zeros(count)
+        want_grad = want_grad and self.options.alpha > 0
+        here = self.log_q.new_zeros(count, 2 * terms if want_grad else terms)
+        for chunk in self.chunks():
+            log_p, log_q = self.logarithms(chunk)
+            with torch.set_grad_enabled(want_grad):
+                log_q.requires_grad_(want_grad)
+                for k, measure in enumerate(self.measures):
+                    sums = measure.sums(log_p, log_q)
+                    here[chunk.at, k] = sums.detach()
+                    if want_grad:
+                        (slope,) = torch.autograd.grad(sums.sum(), log_q)
+                        here[chunk.at, terms + k] = slope.sum(-1)
+        parts = _exchange(here, self.shard).sum(0)
+        with torch.set_grad_enabled(want_grad):
+            sums = parts[:, :terms].requires_grad_(want_grad)
+            each = [m.last(x) for m, x in zip(self.measures, sums.unbind(-1), strict=True)]
+            weights = sums.new_tensor([self.factor * term.weight for term in self.terms])
+            rows = torch.stack(each, -1) @ weights
+            if want_grad:
+                (self.slopes,) = torch.autograd.grad(rows.sum(), sums)
+                self.total = (self.slopes * parts[:, terms:]).sum(-1).detach()
+        return rows.detach()
+
+    def cross_entropy(self) -> Tensor:
+        """The hard term of each row."""
+        o = self.options
+        rows = (1 - o.label_smoothing) * (self.log_r - self.at_label)
+        if o.label_smoothing:
+            rows = rows + o.label_smoothing * (self.log_r - self.smooth / self.classes)
+        return (rows + o.z_loss * self.log_r**2) * self.valid
+
+    # ---- the third -------------------------------------------------------------------------------
+
+    def gradient(self, inplace: bool) -> tuple[Tensor, float | Tensor]:
+        """Of the student's logits here, times a scale."""
+        o, rows = self.options, self.rows
+        grad = self.student if inplace else self.student.new_empty(self.shape)
+        flat = grad.view(self.flat.shape) if grad.is_contiguous() else torch.empty_like(self.flat)
+        with torch.enable_grad():
+            for chunk in self.chunks(want_grad=True, soft=o.alpha > 0):
+                at = chunk.at
+                # Of which the gradient is the loss's, not the value.
+                value = chunk.leaf.new_zeros(len(chunk.leaf))
+                if o.alpha > 0 and self.terms:
+                    share = o.alpha * rows.weight[at] / rows.items[0]
+                    value = value + torch.where(rows.soft[at], share, 0.0) * self._soft(chunk)
+                if o.alpha < 1:
+                    share = (1 - o.alpha) * rows.weight[at] / rows.items[1] * self.valid[at]
+                    hard = self._hard(chunk)
+                    value = value + torch.where(rows.hard[at], share, 0.0) * hard
+                (g,) = torch.autograd.grad(value.sum(), chunk.leaf)
+                with torch.no_grad():
+                    flat[at] = torch.where(rows.soft[at, None], g * self.grad_scale, 0.0)
+        if not grad.is_contiguous():
+            grad.copy_(flat.view(self.shape))
+        return grad, self.grad_scale
+
+    def _soft(self, chunk: _Chunk) -> Tensor:
+        log_p, log_q = self.logarithms(chunk)
+        slopes = self.slopes[chunk.at].unbind(-1)
+        sums = [x * m.sums(log_p, log_q) for x, m in zip(slopes, self.measures, strict=True)]
+        return sum(sums[1:], sums[0]) - self.total[chunk.at] * log_q.exp().sum(-1)
+
+    def _hard(self, chunk: _Chunk) -> Tensor:
+        o, at, s = self.options, chunk.at, chunk.student
+        log_r = self.log_r[at]
+        value = (1 + 2 * o.z_loss * log_r) * (s - log_r[:, None]).exp().sum(-1)
+        label = s.gather(-1, self.rows.target[at, None]).squeeze(-1)
+        value = value - (1 - o.label_smoothing) * torch.where(self.rows.here[at], label, 0.0)
+        if o.label_smoothing:
+            value = value - o.label_smoothing / self.classes * s.sum(-1)
+        return value
+
+
+def _exchange(here: Tensor, shard: VocabParallel) -> Tensor:
+    """What every process of the group has of each row, (processes, rows, columns)."""
+    parts = [torch.empty_like(here) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, here, group=shard.group)
+    return torch.stack(parts)
+
+
+def _float16_scale(call: _Call) -> Tensor:
+    """A power of two that brings the largest entries of the gradient near 2^13."""
+    o, rows = call.options, call.rows
+    scale = max(o.student_scale, 1.0) * rows.weight.max() if len(rows.weight) else 1.0
+    size = sum(abs(t.weight) * max(1.0, abs(t.parameter)) for t in o.divergence)
+    soft = o.alpha * size * call.factor / call.temperature / rows.items[0]
+    hard = (1 - o.alpha) * (2 + 64 * o.z_loss) / rows.items[1]
+    bound = scale * (soft + hard)
+    usable = (bound > 0) & (bound < torch.inf)
+    return torch.exp2(torch.log2(2**13 / torch.where(usable, bound, 2.0**13)).floor())
