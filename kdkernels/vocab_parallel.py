@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from kdkernels.divergences import DIVERGENCES, PerRow
-from kdkernels.options import Options
+from kdkernels.divergences import PerRow
+from kdkernels.options import SHARES, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -175,7 +175,7 @@ def _check_options(
     }
     refused |= {f"divergence={name!r}": name not in SHARDED for name in names}
     refused |= {f"the weight of {n!r} per row": n in tensors for n in names}
+    refused |= {f"{name} per row": name in tensors for name in SHARES}
     for name, asked in refused.items():
         if asked:
             raise ValueError(f"vocab_parallel and {name} do not go together")
-    assert all(not DIVERGENCES[name].labelled for name in names)
