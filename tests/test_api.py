@@ -123,6 +123,7 @@ def test_what_the_package_exports():
         "KDMetrics",
         "KDTerms",
         "TopKTeacher",
+        "VocabParallel",
         "__version__",
         "empty_cache",
         "kd_loss",
