@@ -51,7 +51,9 @@ class Request(NamedTuple):
 
 
 def _encode(request: Request) -> str:
-    return json.dumps(request._replace(options=request.options._asdict())._asdict())  # type: ignore[arg-type]
+    usual = Options._field_defaults  # what nothing is asked for by
+    asked = {k: v for k, v in request.options._asdict().items() if k not in usual or v != usual[k]}
+    return json.dumps(request._replace(options=asked)._asdict())  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,7 +62,8 @@ def _decode(text: str) -> Request:
     given: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in fields["options"].items()
     }
-    given["divergence"] = tuple(Term(*term) for term in given["divergence"])
+    if "divergence" in given:
+        given["divergence"] = tuple(Term(*term) for term in given["divergence"])
     return Request(**fields | {"options": Options(**given), "names": tuple(fields["names"])})
 
 
@@ -196,8 +199,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("kdkernels::plain_loss", "CompositeExplicitAutograd")
-def _run_plain_loss(
+def run_plain_loss(
     student: Tensor, teacher: Tensor, labels: Tensor | None, request: str, want_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient."""
@@ -213,6 +215,9 @@ def _run_plain_loss(
     return loss, student.new_empty(0) if grad is None else grad
 
 
+torch.library.impl("kdkernels::plain_loss", "CompositeExplicitAutograd", run_plain_loss)
+
+
 @torch.library.register_fake("kdkernels::plain_loss")  # type: ignore[untyped-decorator]
 def _(
     student: Tensor, teacher: Tensor, labels: Tensor | None, request: str, want_grad: bool
@@ -224,19 +229,38 @@ def _(
     return loss, student.new_empty(student.shape if want_grad else (0,))
 
 
-def _keep_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.want_grad = inputs[4]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+class _PlainLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, grad = _plain_loss(*arguments)
+        ctx.want_grad = arguments[4]
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(grad)
+        return loss, grad
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        _check_is_possible(ctx)
+        (grad,) = ctx.saved_tensors
+        return _times(grad, incoming), None, None, None, None
 
 
-def _scaled_plain(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
-    _check_is_possible(ctx)
-    (grad,) = ctx.saved_tensors
-    return _times(grad, incoming), None, None, None, None
+def _differentiate(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, request: str, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """What torch.library.register_autograd makes of a gradient, and a short way for a compiled
+    graph: there nothing is tracked nor traced, and a second trip through the dispatcher would take
+    as long as the loss of a small batch."""
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _PlainLoss.apply(student, teacher, labels, request, want_grad)  # type: ignore[no-any-return]
+    if type(student) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
+        return run_plain_loss(student, teacher, labels, request, want_grad)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _plain_loss(student, teacher, labels, request, want_grad)  # type: ignore[no-any-return]
 
 
-torch.library.register_autograd("kdkernels::plain_loss", _scaled_plain, setup_context=_keep_plain)
+torch.library.impl("kdkernels::plain_loss", "Autograd", _differentiate)
 _plain_loss = torch.ops.kdkernels.plain_loss.default
 
 
