@@ -142,24 +142,36 @@ class _Measure(NamedTuple):
     """A divergence of whole rows as a last step of a sum over the classes."""
 
     sums: Callable[[Tensor, Tensor], Tensor]  # of (log p, log q) here, (n,)
+    slope: Callable[[Tensor, Tensor], Tensor]  # its derivative by log q, (n, c)
     last: Callable[[Tensor], Tensor]
 
 
 def _measure(term: Term) -> _Measure:
-    a = term.parameter
-    if term.name == "alpha" and a not in (0, 1):
-        return _Measure(lambda p, q: sum_of_powers(p, q, a), lambda x: (x - 1) / (a * (a - 1)))
-    if term.name == "renyi" and a != 1:
-        return _Measure(lambda p, q: sum_of_powers(p, q, a), lambda x: x.log() / (a - 1))
-    rows = DIVERGENCES[term.name].rows
-    return _Measure(lambda p, q: rows(p, q, a), lambda x: x)
+    a, rows = term.parameter, DIVERGENCES[term.name].rows
+    if term.name == "forward_kl":
+        return _Measure(lambda p, q: rows(p, q, a), lambda p, q: -p.exp(), lambda x: x)
+
+    def slope(log_p: Tensor, log_q: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = log_q.detach().requires_grad_()
+            (of_leaf,) = torch.autograd.grad(sums(log_p, leaf).sum(), leaf)
+            return of_leaf
+
+    def sums(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return sum_of_powers(log_p, log_q, a) if of_powers else rows(log_p, log_q, a)
+
+    of_powers = (term.name == "alpha" and a not in (0, 1)) or (term.name == "renyi" and a != 1)
+    if not of_powers:
+        return _Measure(sums, slope, lambda x: x)
+    if term.name == "alpha":
+        return _Measure(sums, slope, lambda x: (x - 1) / (a * (a - 1)))
+    return _Measure(sums, slope, lambda x: x.log() / (a - 1))
 
 
 class _Chunk(NamedTuple):
     """Some rows, their effective logits in double, (n, c)."""
 
     at: slice
-    leaf: Tensor  # of which the gradient is taken
     student: Tensor
     teacher: Tensor | None
 
@@ -202,21 +214,20 @@ class _Call:
         self.measures = [_measure(term) for term in self.terms]
         self.grad_scale = _float16_scale(self) if student.dtype == torch.float16 else 1.0
 
-    def chunks(self, want_grad: bool = False, soft: bool = True) -> Iterator[_Chunk]:
+    def chunks(self, soft: bool = True) -> Iterator[_Chunk]:
         o, wide = self.options, self.rows.weight.dtype
         chunk = CHUNK.get(self.flat.device.type, LARGE_CHUNK)
         at_once = max(1, chunk // self.flat.shape[1])
         for first in range(0, len(self.flat), at_once):
             at = slice(first, min(first + at_once, len(self.flat)))
             # Ignored rows are replaced before any arithmetic: 0 * NaN would reach the gradient.
-            keep = self.rows.soft[at]
-            leaf = self.flat[at].to(wide).requires_grad_(want_grad)
-            student = effective(leaf, keep, None, o.student_scale, o.softcap)
-            teacher = None
+            keep, teacher = self.rows.soft[at], None
+            student = self.flat[at].to(wide)
+            student = effective(student, keep, None, o.student_scale, o.softcap)
             if soft and self.want_soft:
-                raw = self.teacher[at].to(wide)
-                teacher = effective(raw, keep, None, o.teacher_scale, o.softcap)
-            yield _Chunk(at, leaf, student, teacher)
+                teacher = self.teacher[at].to(wide)
+                teacher = effective(teacher, keep, None, o.teacher_scale, o.softcap)
+            yield _Chunk(at, student, teacher)
 
     # ---- the first look --------------------------------------------------------------------------
 
@@ -225,7 +236,7 @@ class _Call:
         smoothing = self.options.label_smoothing > 0 and self.want_hard
         columns = 6 if smoothing else 5
         here = self.rows.weight.new_zeros(len(self.flat) + 1, columns)
-        for at, _, s, t in self.chunks():
+        for at, s, t in self.chunks():
             here[at, 0] = torch.logsumexp(s / self.temperature, -1)
             here[at, 1] = 0 if t is None else torch.logsumexp(t / self.teacher_temperature, -1)
             here[at, 2] = torch.logsumexp(s, -1)
@@ -267,11 +278,12 @@ class _Call:
 
     def logarithms(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         """log p and log q of a chunk's classes here."""
-        at, _, s, t = chunk
+        at, s, t = chunk
         assert t is not None
         log_p = t / self.teacher_temperature - self.log_p[at, None]
         return log_p, s / self.temperature - self.log_q[at, None]
 
+    @torch.no_grad()
     def compare(self, want_grad: bool) -> Tensor:
         """The soft term of each row."""
         count, terms = len(self.flat), len(self.terms)
@@ -281,14 +293,10 @@ class _Call:
         here = self.log_q.new_zeros(count, 2 * terms if want_grad else terms)
         for chunk in self.chunks():
             log_p, log_q = self.logarithms(chunk)
-            with torch.set_grad_enabled(want_grad):
-                log_q.requires_grad_(want_grad)
-                for k, measure in enumerate(self.measures):
-                    sums = measure.sums(log_p, log_q)
-                    here[chunk.at, k] = sums.detach()
-                    if want_grad:
-                        (slope,) = torch.autograd.grad(sums.sum(), log_q)
-                        here[chunk.at, terms + k] = slope.sum(-1)
+            for k, measure in enumerate(self.measures):
+                here[chunk.at, k] = measure.sums(log_p, log_q)
+                if want_grad:
+                    here[chunk.at, terms + k] = measure.slope(log_p, log_q).sum(-1)
         parts = _exchange(here, self.shard).sum(0)
         with torch.set_grad_enabled(want_grad):
             sums = parts[:, :terms].requires_grad_(want_grad)
@@ -310,45 +318,50 @@ class _Call:
 
     # ---- the third -------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def gradient(self, inplace: bool) -> tuple[Tensor, float | Tensor]:
         """Of the student's logits here, times a scale."""
         o, rows = self.options, self.rows
         grad = self.student if inplace else self.student.new_empty(self.shape)
         flat = grad.view(self.flat.shape) if grad.is_contiguous() else torch.empty_like(self.flat)
-        with torch.enable_grad():
-            for chunk in self.chunks(want_grad=True, soft=o.alpha > 0):
-                at = chunk.at
-                # Of which the gradient is the loss's, not the value.
-                value = chunk.leaf.new_zeros(len(chunk.leaf))
-                if o.alpha > 0 and self.terms:
-                    share = o.alpha * rows.weight[at] / rows.items[0]
-                    value = value + torch.where(rows.soft[at], share, 0.0) * self._soft(chunk)
-                if o.alpha < 1:
-                    share = (1 - o.alpha) * rows.weight[at] / rows.items[1] * self.valid[at]
-                    hard = self._hard(chunk)
-                    value = value + torch.where(rows.hard[at], share, 0.0) * hard
-                (g,) = torch.autograd.grad(value.sum(), chunk.leaf)
-                with torch.no_grad():
-                    flat[at] = torch.where(rows.soft[at, None], g * self.grad_scale, 0.0)
+        soft = torch.where(rows.soft, o.alpha * rows.weight / rows.items[0], 0.0)
+        hard = torch.where(rows.hard, (1 - o.alpha) * rows.weight / rows.items[1], 0.0)
+        hard = hard * self.valid
+        for chunk in self.chunks(soft=o.alpha > 0):
+            at, s, _ = chunk
+            g = torch.zeros_like(s)
+            if o.alpha > 0 and self.terms:
+                g = self._soft(chunk).mul_(soft[at, None] / self.temperature)
+            if o.alpha < 1:
+                self._add_hard(g, chunk, hard[at])
+            g *= o.student_scale * self.grad_scale
+            if o.softcap is not None:  # which leaves a masked class as it is
+                g *= torch.where(s == -torch.inf, 1.0, 1 - (s / o.softcap) ** 2)
+            flat[at] = torch.where(rows.soft[at, None], g, 0.0)
         if not grad.is_contiguous():
             grad.copy_(flat.view(self.shape))
         return grad, self.grad_scale
 
     def _soft(self, chunk: _Chunk) -> Tensor:
+        """Of log q, with what the sum over all classes takes off."""
         log_p, log_q = self.logarithms(chunk)
         slopes = self.slopes[chunk.at].unbind(-1)
-        sums = [x * m.sums(log_p, log_q) for x, m in zip(slopes, self.measures, strict=True)]
-        return sum(sums[1:], sums[0]) - self.total[chunk.at] * log_q.exp().sum(-1)
+        each = [
+            m.slope(log_p, log_q).mul_(x[:, None])
+            for m, x in zip(self.measures, slopes, strict=True)
+        ]
+        total = self.total[chunk.at, None]
+        return sum(each[1:], each[0]).addcmul_(log_q.exp_(), total, value=-1)
 
-    def _hard(self, chunk: _Chunk) -> Tensor:
-        o, at, s = self.options, chunk.at, chunk.student
+    def _add_hard(self, g: Tensor, chunk: _Chunk, share: Tensor) -> None:
+        o, (at, s, _) = self.options, chunk
         log_r = self.log_r[at]
-        value = (1 + 2 * o.z_loss * log_r) * (s - log_r[:, None]).exp().sum(-1)
-        label = s.gather(-1, self.rows.target[at, None]).squeeze(-1)
-        value = value - (1 - o.label_smoothing) * torch.where(self.rows.here[at], label, 0.0)
+        total = share * (1 + 2 * o.z_loss * log_r)
+        g.addcmul_((s - log_r[:, None]).exp_(), total[:, None])
+        at_label = torch.where(self.rows.here[at], share * (o.label_smoothing - 1), 0.0)
+        g.scatter_add_(-1, self.rows.target[at, None], at_label[:, None])
         if o.label_smoothing:
-            value = value - o.label_smoothing / self.classes * s.sum(-1)
-        return value
+            g -= (share * o.label_smoothing / self.classes)[:, None]
 
 
 def _exchange(here: Tensor, shard: VocabParallel) -> Tensor:
