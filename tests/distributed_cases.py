@@ -190,13 +190,13 @@ def case_a_few_numbers_per_row_travel():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather", watched("all_gather", lambda args: args[1]))
         patch.setattr(dist, "all_reduce", watched("all_reduce", lambda args: args[0]))
-        for divergence, most in (("forward_kl", 56), ("jsd", 56)):
+        for divergence, most in (("forward_kl", 56), ("jsd", 72)):
             sent.clear()
             value_and_grad(
                 here(s, shard), here(t, shard), y, vocab_parallel=shard, divergence=divergence
             )
             assert sum(sent) <= most * (rows + 1), (divergence, sum(sent) / rows)
-            assert len(sent) <= 2
+            assert len(sent) == (1 if divergence == "forward_kl" else 2)
 
 
 def case_gradients_flow_as_usual():

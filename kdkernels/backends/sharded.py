@@ -1,8 +1,10 @@
 """The loss of logits whose classes are spread over processes, in PyTorch, some rows at a time.
 
 Three looks at the logits and two exchanges. The first look takes the logarithms of this shard's
-sums, which the processes add up to normalise with. The second takes the divergence's sums over the
-shard's classes, and Σ ∂D/∂log q, which a row's gradient needs of all classes:
+sums, which the processes add up to normalise with, and the forward KL within the shard: where that
+is all that is asked for, it is the whole's but for the shards' shares. The second takes another
+divergence's sums over the shard's classes, and Σ ∂D/∂log q, which a row's gradient needs of all
+classes:
 
     ∂D/∂s_j = (∂D/∂log q_j - q_j Σ_k ∂D/∂log q_k) / T
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from kdkernels.backends import triton_device
 from kdkernels.backends.base import Backend, Result
-from kdkernels.divergences import DIVERGENCES, Term, sum_of_powers
+from kdkernels.divergences import DIVERGENCES, Term, forward_kl, sum_of_powers
 from kdkernels.reference import accumulation_dtype, effective
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from kdkernels.teachers import Teacher
     from kdkernels.vocab_parallel import VocabParallel
 
+# What is found of a row in a shard: log of the sums of e^(s/T), e^(t/T) and e^s, the label's logit,
+# whether the label is here, the forward KL of the shard's distributions, and the sum of its logits.
+LOG_Q, LOG_P, LOG_R, AT_LABEL, FOUND, KL, SUM = range(7)
+COLUMNS = 7
 # Logits at a time: a few tensors of them in double beside each other.
 CHUNK = {"cpu": 2**17}
 LARGE_CHUNK = 2**23
@@ -179,6 +185,7 @@ class _Chunk(NamedTuple):
 class _Call:
     """One call of the loss, from look to look."""
 
+    parts: Tensor  # what all processes have found, (processes, rows, COLUMNS)
     # After normalise(): log of the sums over all classes, of e^(s/T), e^(t/T) and e^s.
     log_q: Tensor
     log_p: Tensor
@@ -211,6 +218,7 @@ class _Call:
         self.want_hard = options.alpha < 1 or want_terms
         # A term of weight zero is no part of the loss, whatever its value.
         self.terms = [t for t in options.divergence if t.weight != 0]
+        self.is_plain = {term.name for term in self.terms} == {"forward_kl"}
         self.measures = [_measure(term) for term in self.terms]
         self.grad_scale = _float16_scale(self) if student.dtype == torch.float16 else 1.0
 
@@ -233,29 +241,37 @@ class _Call:
 
     @torch.no_grad()
     def normalise(self) -> None:
-        smoothing = self.options.label_smoothing > 0 and self.want_hard
-        columns = 6 if smoothing else 5
-        here = self.rows.weight.new_zeros(len(self.flat) + 1, columns)
-        for at, s, t in self.chunks():
-            here[at, 0] = torch.logsumexp(s / self.temperature, -1)
-            here[at, 1] = 0 if t is None else torch.logsumexp(t / self.teacher_temperature, -1)
-            here[at, 2] = torch.logsumexp(s, -1)
-            label = s.gather(-1, self.rows.target[at, None]).squeeze(-1)
-            here[at, 3] = torch.where(self.rows.here[at], label, 0.0)
-            here[at, 4] = self.rows.here[at]
-            if smoothing:
-                here[at, 5] = s.sum(-1)
+        here = self.rows.weight.new_zeros(len(self.flat) + 1, COLUMNS)
+        self._look(here)
         here[-1, 0], here[-1, 1] = self.shard.start, self.shard.stop
         parts = _exchange(here, self.shard)
         starts, stops = parts[:, -1, 0], parts[:, -1, 1]
         self.classes = (stops - starts).sum()
         self._check(parts, starts, stops)
-        rows = parts[:, :-1]
-        self.log_q, self.log_p, self.log_r = torch.logsumexp(rows[..., :3], 0).unbind(-1)
-        self.at_label = rows[..., 3].sum(0)
+        self.parts = parts = parts[:, :-1]
+        self.log_q, self.log_p, self.log_r = torch.logsumexp(parts[..., :3], 0).unbind(-1)
+        self.at_label, self.smooth = parts[..., AT_LABEL].sum(0), parts[..., SUM].sum(0)
         # The label of a row must be one process's; on the CPU another has raised.
-        self.valid = torch.where(self.rows.hard & (rows[..., 4].sum(0) != 1), torch.nan, 1.0)
-        self.smooth = rows[..., 5].sum(0) if smoothing else torch.zeros_like(self.log_q)
+        found = parts[..., FOUND].sum(0) == 1
+        self.valid = torch.where(self.rows.hard & ~found, torch.nan, 1.0)
+
+    def _look(self, here: Tensor) -> None:
+        smoothing = self.options.label_smoothing > 0 and self.want_hard
+        for at, s, t in self.chunks():
+            q = s / self.temperature
+            here[at, LOG_Q] = torch.logsumexp(q, -1)
+            here[at, LOG_R] = torch.logsumexp(s, -1)
+            if t is not None:
+                p = t / self.teacher_temperature
+                here[at, LOG_P] = torch.logsumexp(p, -1)
+                if self.is_plain:
+                    log_q, log_p = (x - here[at, k, None] for x, k in ((q, LOG_Q), (p, LOG_P)))
+                    here[at, KL] = forward_kl(log_p, log_q)
+            label = s.gather(-1, self.rows.target[at, None]).squeeze(-1)
+            here[at, AT_LABEL] = torch.where(self.rows.here[at], label, 0.0)
+            here[at, FOUND] = self.rows.here[at]
+            if smoothing:
+                here[at, SUM] = s.sum(-1)
 
     def _check(self, parts: Tensor, starts: Tensor, stops: Tensor) -> None:
         if self.flat.device.type != "cpu":  # the host would wait
@@ -267,7 +283,7 @@ class _Call:
                 "vocab_parallel: the shards of the group must make [0, C) without gaps, got "
                 f"{shards}"
             )
-        bad = self.rows.hard & (parts[:, :-1, 4].sum(0) != 1)
+        bad = self.rows.hard & (parts[:, :-1, FOUND].sum(0) != 1)
         if bad.any():
             raise IndexError(
                 f"labels[{int(bad.nonzero()[0])}] is none of the {ends[-1]} classes of the group: "
@@ -289,6 +305,8 @@ class _Call:
         count, terms = len(self.flat), len(self.terms)
         if not self.want_soft or not terms:
             return self.log_q.new_zeros(count)
+        if self.is_plain:
+            return self._forward_kl()
         want_grad = want_grad and self.options.alpha > 0
         here = self.log_q.new_zeros(count, 2 * terms if want_grad else terms)
         for chunk in self.chunks():
@@ -307,6 +325,23 @@ class _Call:
                 (self.slopes,) = torch.autograd.grad(rows.sum(), sums)
                 self.total = (self.slopes * parts[:, terms:]).sum(-1).detach()
         return rows.detach()
+
+    def _forward_kl(self) -> Tensor:
+        """Of what each process has found between its own distributions: nothing is looked at again.
+
+        With P and Q the shares of a shard, KL(p ‖ q) = Σ P (KL of the shard + log P - log Q).
+        """
+        log_p, log_q = (self.parts[..., k] for k in (LOG_P, LOG_Q))
+        share = (log_p - self.log_p).exp()
+        between = torch.where(log_q == -torch.inf, torch.inf, self.parts[..., KL])
+        apart = (log_p - self.log_p) - (log_q - self.log_q)
+        rows = torch.where(log_p == -torch.inf, 0.0, share * (between + apart)).sum(0)
+        weight = self.factor * sum(term.weight for term in self.terms)
+        # NaN where all classes of one of the two are masked: they are no distributions.
+        nowhere = (self.log_p == -torch.inf) | (self.log_q == -torch.inf)
+        self.slopes = torch.full_like(rows, weight)[:, None]
+        self.total = torch.full_like(rows, -weight)
+        return torch.where(nowhere, torch.nan, weight * rows)
 
     def cross_entropy(self) -> Tensor:
         """The hard term of each row."""
