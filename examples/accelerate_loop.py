@@ -25,7 +25,12 @@ def train(student: nn.Module, teacher: nn.Module, loss_fn: nn.Module, epochs: in
             optimizer.zero_grad()
 
 
-if __name__ == "__main__":
+def main() -> float:
+    """The accuracy of the student."""
     student = network(width=16)
     train(student, trained_teacher(), FusedKDLoss(temperature=4.0, alpha=0.9))
-    print(f"accuracy {accuracy(student):.1%}")
+    return accuracy(student)
+
+
+if __name__ == "__main__":
+    print(f"accuracy {main():.1%}")
