@@ -1,0 +1,79 @@
+"""examples/: each learns, and as it would with the formula written out; the teacher is left alone.
+
+Those of TRL and timm have tests of their own, test_trl.py and test_timm.py.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdkernels import FusedKDLoss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOOPS = ["plain_loop", "accelerate_loop", "lightning_module"]
+OPTIONS = {"temperature": 3.0, "alpha": 0.7}
+
+
+def eager(s, t, labels, num_items=None):
+    """The loss of FusedKDLoss(**OPTIONS)."""
+    active = labels != -100
+    s, t, labels = s[active], t[active], labels[active]
+    temperature, alpha = OPTIONS.values()
+    log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+    soft = temperature**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    hard = F.cross_entropy(s, labels, reduction="sum")
+    return (alpha * soft + (1 - alpha) * hard) / (active.sum() if num_items is None else num_items)
+
+
+def eager_shifted(s, t, labels, num_items=None):
+    return eager(s[:, :-1], t[:, :-1], labels[:, 1:], num_items)
+
+
+def check_same_weights(one, other, but_not=None):
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-9, atol=1e-9)
+    if but_not is not None:  # or nothing was trained
+        with pytest.raises(AssertionError):
+            check_same_weights(one, but_not)
+
+
+# --- loops on scikit-learn's digits ---------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")  # Lightning's own
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_learns(example, name):
+    assert example(name).main() > 0.8
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_trains_as_with_the_eager_formula(example, in_double, name):
+    digits, loop = example("digits"), example(name)
+    teacher, untrained = digits.trained_teacher(epochs=1), digits.network(width=16)
+    taught = copy.deepcopy(teacher)
+    ours, theirs = copy.deepcopy(untrained), copy.deepcopy(untrained)
+    loop.train(ours, teacher, FusedKDLoss(**OPTIONS), epochs=1)
+    loop.train(theirs, taught, eager, epochs=1)
+    check_same_weights(ours, theirs, but_not=untrained)
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+def test_a_loop_leaves_the_teacher_alone(example, name):
+    digits = example("digits")
+    teacher = digits.network(width=32)
+    before = copy.deepcopy(teacher)
+    example(name).train(digits.network(width=16), teacher, FusedKDLoss(), epochs=1)
+    check_same_weights(teacher, before)  # running means and variances among them
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_lightning_checkpoint_holds_the_student_alone(example):
+    digits, lightning_module = example("digits"), example("lightning_module")
+    models = digits.network(width=16), digits.network(width=32)
+    module = lightning_module.Distillation(*models, FusedKDLoss())
+    assert {name.split(".")[0] for name in module.state_dict()} == {"student"}
