@@ -77,3 +77,95 @@ def test_a_lightning_checkpoint_holds_the_student_alone(example):
     models = digits.network(width=16), digits.network(width=32)
     module = lightning_module.Distillation(*models, FusedKDLoss())
     assert {name.split(".")[0] for name in module.state_dict()} == {"student"}
+
+
+# --- Transformers' Trainer ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(example, tmp_path):
+    """Trains a student, and returns its trainer."""
+    transformers = example("transformers")
+    trainer_class = example("transformers_trainer").DistillationTrainer
+
+    def train(student, teacher, loss_fn, data, collate=None, **options):
+        options = {"num_train_epochs": 1, "learning_rate": 0.05, "optim": "sgd"} | options
+        quiet = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
+        args = transformers.TrainingArguments(str(tmp_path), **options, **quiet)
+        given = {"teacher": teacher, "loss_fn": loss_fn, "data_collator": collate}
+        trainer = trainer_class(student, args, train_dataset=data, **given)
+        trainer.train()
+        return trainer
+
+    return train
+
+
+def test_an_image_student_learns(example):
+    assert example("transformers_images").main() > 0.3
+
+
+def test_a_language_student_learns(example):
+    before, after = example("transformers_causal_lm").main()
+    assert after < before / 4
+
+
+def test_images_train_as_with_the_eager_formula(example, in_double, train):
+    images = example("transformers_images")
+    data, teacher, untrained = images.dataset()[:100], images.resnet(), images.mobilenet()
+    trained = []
+    for loss_fn in (FusedKDLoss(**OPTIONS), eager):
+        student = copy.deepcopy(untrained)
+        train(student, teacher, loss_fn, data, per_device_train_batch_size=25)
+        trained.append(student)
+    check_same_weights(*trained, but_not=untrained)
+
+
+@pytest.fixture
+def language(example, in_double):
+    """(student, teacher, sequences, collate)"""
+    causal_lm = example("transformers_causal_lm")
+    torch.manual_seed(0)
+    student, teacher = causal_lm.llama(width=16), causal_lm.llama(width=32)
+    return student, teacher, causal_lm.sequences(32), causal_lm.collate
+
+
+def test_shifted_labels_train_as_with_the_eager_formula(language, train):
+    untrained, teacher, *data = language
+    trained = []
+    for loss_fn in (FusedKDLoss(**OPTIONS, shift=1), eager_shifted):
+        student = copy.deepcopy(untrained)
+        train(student, teacher, loss_fn, *data, per_device_train_batch_size=8)
+        trained.append(student)
+    check_same_weights(*trained, but_not=untrained)
+
+
+def test_unequal_micro_batches_train_as_one_large_batch(language, train):
+    untrained, teacher, *data = language
+    trained = []
+    for size in (16, 2):
+        student = copy.deepcopy(untrained)
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
+        train(student, teacher, FusedKDLoss(**OPTIONS, shift=1), *data, **sizes)
+        trained.append(student)
+    check_same_weights(*trained, but_not=untrained)
+
+
+def test_the_loss_makes_up_for_the_mean_over_processes(language, train, monkeypatch):
+    student, teacher, sequences, collate = language
+    trainer = train(student, teacher, FusedKDLoss(shift=1), sequences, collate)
+    inputs = collate(sequences[:4])
+    alone = trainer.compute_loss(student, inputs, num_items_in_batch=torch.tensor(40))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert trainer.compute_loss(student, inputs, num_items_in_batch=torch.tensor(40)) == 2 * alone
+
+
+def test_the_trainer_leaves_the_teacher_alone(example, train):
+    images = example("transformers_images")
+    teacher, student = images.resnet(), images.mobilenet()
+    before = copy.deepcopy(teacher)
+    trainer = train(student, teacher, FusedKDLoss(), images.dataset()[:40])
+    check_same_weights(teacher, before)
+    groups = trainer.optimizer.param_groups
+    optimized = {id(parameter) for group in groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for parameter in student.parameters()}
+    assert not teacher.training
