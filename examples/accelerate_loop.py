@@ -1,4 +1,4 @@
-"""Accelerate. What changes: the teacher is prepared in evaluation mode, without a gradient, and one
+"""Accelerate. What changes: the teacher is prepared in evaluation mode, out of DDP's sight, and one
 call takes the place of the criterion. Its loss goes to ``accelerator.backward`` as any other."""
 
 import torch
@@ -14,7 +14,7 @@ def train(student: nn.Module, teacher: nn.Module, loss_fn: nn.Module, epochs: in
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     student.train()
     student, optimizer, batches = accelerator.prepare(student, optimizer, loader())
-    teacher = accelerator.prepare_model(teacher.eval(), evaluation_mode=True)  # on the device; no DDP
+    teacher = accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
     for _ in range(epochs):
         for images, labels in batches:
             with torch.no_grad():

@@ -1,5 +1,5 @@
-"""PyTorch Lightning. What changes: the module holds the teacher where Lightning does not see it, and
-one call takes the place of the criterion in ``training_step``."""
+"""PyTorch Lightning. What changes: the module holds the teacher where Lightning does not see it,
+and one call takes the place of the criterion in ``training_step``."""
 
 import lightning
 import torch

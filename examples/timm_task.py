@@ -1,5 +1,5 @@
-"""timm's distillation task. What changes: ``forward`` computes both terms in one call. For labels that
-are classes; where mixup makes distributions of them, keep the criterion and replace the KL alone, by
+"""timm's distillation task. What changes: ``forward`` computes both terms in one call. Labels are
+classes: where mixup makes distributions of them keep the criterion, and replace the KL alone by
 ``kd_loss(student_logits, teacher_logits, temperature=T, alpha=1.0)``."""
 
 import timm

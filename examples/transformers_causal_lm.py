@@ -1,6 +1,6 @@
-"""Transformers, language models. What changes: ``DistillationTrainer`` in the place of ``Trainer``. The
-labels stay as they are, -100 where nothing is to be learned: ``shift=1`` compares each with the
-logits of the token before it, and copies neither."""
+"""Transformers, language models. What changes: ``DistillationTrainer`` in the place of ``Trainer``.
+The labels stay as they are, -100 where nothing is to be learned: ``shift=1`` compares each with the
+logits of the token before it, and copies no logits."""
 
 import tempfile
 

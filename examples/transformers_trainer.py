@@ -1,5 +1,5 @@
-"""Transformers' ``Trainer``. What changes: it is given a teacher, and its ``compute_loss`` is one call,
-for which the student computes no loss of its own."""
+"""Transformers' ``Trainer``. What changes: it is given a teacher, and its ``compute_loss`` is one
+call, so that the student computes no loss of its own. The two examples beside it train with it."""
 
 from typing import Any
 

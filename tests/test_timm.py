@@ -1,4 +1,4 @@
-"""examples/timm_task.py against timm's own task. ``benchmarks/gpu_report.sh`` runs it where timm loads."""
+"""examples/timm_task.py against timm's own task; the GPU report runs it where timm loads."""
 
 import copy
 

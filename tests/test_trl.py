@@ -1,4 +1,4 @@
-"""TRL's distillation losses, and the calls that give the value and gradient of its own functions."""
+"""TRL's distillation losses, and the calls that give its own functions' value and gradient."""
 
 import copy
 
