@@ -7,6 +7,9 @@ report itself can be tried without a GPU.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -533,3 +536,26 @@ def profiled(device: str, backends: list[str], shapes: list[tuple[int, int]]) ->
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
         del inputs
+
+
+# --- beside a library that is not everywhere ------------------------------------------------------
+
+
+def timm_example(work: Path) -> bool:
+    checks = Checks(work, "timm")
+    checks.attempt("a step of examples/timm_task.py is that of timm's own task", run_test_of_timm)
+    return checks.all_passed()
+
+
+def run_test_of_timm() -> tuple[bool | None, str]:
+    """By tests/test_timm.py, on the GPU if there is one."""
+    for name in ("pytest", "sklearn", "timm.task"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # operators of another build of torch raise what they like
+            return None, f"{name} does not load: {error!r}"
+    test = Path(__file__).parent.parent / "tests" / "test_timm.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    return done.returncode == 0, done.stdout.strip().rpartition("\n")[2]

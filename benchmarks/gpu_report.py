@@ -44,6 +44,7 @@ STEPS = [
     Step("objectives", 45),
     Step("large", 18),
     Step("streams", 16),
+    Step("timm", 15),
     Step("measure", 150, decides=False),
     Step("small-batch", 16, decides=False),
     Step("memcheck", 30),
@@ -222,6 +223,7 @@ def own_step(options: argparse.Namespace) -> int:
         "objectives": lambda: gpu_objectives.objectives(work, device, backends, options.seconds),
         "large": lambda: gpu_checks.large(work, device, backends, huge),
         "streams": lambda: gpu_checks.streams(work, device, backends, [100, 4096, 128256]),
+        "timm": lambda: gpu_checks.timm_example(work),
         "profiled": lambda: gpu_checks.profiled(device, backends, profiled),
     }
     return 1 if steps[options.step]() is False else 0

@@ -1,5 +1,6 @@
 """Fixtures of all tests, and the run that goes on beside them."""
 
+import importlib
 import importlib.util
 import inspect
 import os
@@ -24,6 +25,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Imports one of examples/ by its name, with libraries that look for nothing on the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        yield importlib.import_module
+
+
+@pytest.fixture
+def in_double():
+    """Float64 for whatever does not say what it is."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(autouse=INTERPRETED)

@@ -334,6 +334,33 @@ def test_objectives_are_compared_with_the_reference(name, monkeypatch):
     assert not gpu_objectives.compare(name, batch, "cpu")[0]
 
 
+def test_the_example_of_timm_is_a_check_where_timm_loads(work, monkeypatch):
+    work.mkdir()
+    load = gpu_checks.importlib.import_module
+    ended = subprocess.CompletedProcess([], 1, "what failed\n1 failed in 2 s\n")
+    monkeypatch.setattr(gpu_checks.subprocess, "run", lambda *a, **k: ended)
+
+    def outcome(import_module):
+        monkeypatch.setattr(gpu_checks.importlib, "import_module", import_module)
+        passed = gpu_checks.timm_example(work)
+        (check,) = gpu_results.read_part(work, "checks-timm", [])
+        assert passed is (check["passed"] is not False)
+        return check["passed"], check["detail"]
+
+    def operators_differ(name):
+        if name == "timm.task":
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return load(name)
+
+    passed, reason = outcome(operators_differ)
+    assert passed is None
+    assert "timm.task does not load" in reason
+    assert "torchvision::nms" in reason
+    assert outcome(lambda name: None) == (False, "1 failed in 2 s")
+    ended.returncode = 0
+    assert outcome(lambda name: None)[0] is True
+
+
 def test_a_step_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         gpu_report.parse(["--only", "build,misspelt"])
