@@ -65,11 +65,14 @@ def bfloat16_rounds_as_on_a_gpu(monkeypatch):
 @pytest.fixture(autouse=INTERPRETED, scope="session")
 def the_interpreter_looks_once():
     """At each call of a device function it goes through all of triton.language for what it has to
-    replace there, which takes as long as all else: by name it finds the same."""
+    replace there, and for each operation it makes a table of dtypes anew: together that takes longer
+    than all else. Once a launch, and once for all, finds the same."""
+    import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    names = {}
+    patch_lang, np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    names, replaced, dtypes = {}, set(), {}
 
     def patch_builtin(package, builder, scope):
         if package not in names:
@@ -80,10 +83,33 @@ def the_interpreter_looks_once():
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    def patch_once_a_launch(function):
+        of_function = {name for name in ("tl", "core") if name in function.__globals__}
+        if replaced and of_function <= replaced:
+            return interpreter._LangPatchScope()
+        is_launch = not replaced
+        scope = patch_lang(function)
+        replaced.update(of_function)
+        if is_launch:
+            restore = scope.restore
+            scope.restore = lambda: (replaced.clear(), restore())
+        return scope
+
+    def known_np_dtype(dtype):
+        scalar = dtype.scalar if dtype.is_block() else dtype
+        if scalar.is_ptr():
+            return np_dtype(scalar)
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = np_dtype(scalar)
+        return dtypes[scalar.name]
+
     with pytest.MonkeyPatch.context() as patch:
         known = list(inspect.signature(interpreter._patch_builtin).parameters)
         if known == ["pkg", "builder", "scope"]:  # else it is another Triton, and slow
             patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+            patch.setattr(interpreter, "_patch_lang", patch_once_a_launch)
+            patch.setattr(interpreter, "_get_np_dtype", known_np_dtype)
+        assert known_np_dtype(tl.float64) == np_dtype(tl.float64)
         yield
 
 
