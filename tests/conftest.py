@@ -65,8 +65,8 @@ def bfloat16_rounds_as_on_a_gpu(monkeypatch):
 @pytest.fixture(autouse=INTERPRETED, scope="session")
 def the_interpreter_looks_once():
     """At each call of a device function it goes through all of triton.language for what it has to
-    replace there, and for each operation it makes a table of dtypes anew: together that takes longer
-    than all else. Once a launch, and once for all, finds the same."""
+    replace there, and for each operation it makes a table of dtypes anew, which takes as long as
+    all else. Once a launch, and once for all, finds the same."""
     import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
