@@ -50,13 +50,13 @@ def test_a_loop_learns(example, name):
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_trains_as_with_the_eager_formula(example, in_double, name):
-    digits, loop = example("digits"), example(name)
+def test_a_loop_trains_as_the_plain_one_with_the_eager_formula(example, in_double, name):
+    digits = example("digits")
     teacher, untrained = digits.trained_teacher(epochs=1), digits.network(width=16)
     taught = copy.deepcopy(teacher)
     ours, theirs = copy.deepcopy(untrained), copy.deepcopy(untrained)
-    loop.train(ours, teacher, FusedKDLoss(**OPTIONS), epochs=1)
-    loop.train(theirs, taught, eager, epochs=1)
+    example(name).train(ours, teacher, FusedKDLoss(**OPTIONS), epochs=1)
+    example("plain_loop").train(theirs, taught, eager, epochs=1)
     check_same_weights(ours, theirs, but_not=untrained)
     assert not teacher.training
 
