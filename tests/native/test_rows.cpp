@@ -135,7 +135,8 @@ bool check(const Case& c, std::mt19937& random) {
   p.soft_factor = c.temperature * c.temperature;
   p.alpha = alpha;
   p.label_smoothing = c.smoothing;
-  const KdStatus status = kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data(), nullptr}, 2);
+  const KdStatus status =
+      kd_run(p, {c.reduction, true, loss.data(), soft.data(), hard.data(), nullptr}, 2);
 
   double soft_rows = 0, hard_rows = 0, total_w = 0, error = 0, norm = 0;
   for (double x : w) total_w += x;
