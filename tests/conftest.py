@@ -11,6 +11,10 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+# Compilers work beside the tests: a thread that waits for another must not spin on the core that
+# they need. Read by the OpenMP that comes with torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
