@@ -248,7 +248,7 @@ def kd_loss(
             Default None.
         group: a process group of torch.distributed, whose processes all make the call: the mean is
             over the rows of all of them, times their number as DDP and FSDP divide the gradients'
-            sum by it. Default None.
+            sum by it. ``dist.group.WORLD`` is None before init_process_group. Default None.
         shift: n >= 0: the logits of position i of (..., L, C) are those of the label at i + n, as
             labels of a causal language model come (n = 1); the last n predict nothing. The logits
             are not copied. Default 0.
@@ -345,7 +345,7 @@ def checked_loss(
     if special or planned or not backends.PLAIN_CPU.serves(student, teacher, labels):
         if shard is not None or is_dtensor(student):
             local = sharded(
-                shard, student, teacher, labels, sample_weight, weight, options, tensors, inplace
+                shard, student, teacher, labels, sample_weight, weight, options, tensors
             )
             shard, student, teacher, labels, sample_weight = local
         if sample_weight is not None:

@@ -75,7 +75,7 @@ def _unit_columns(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
 
 @traced_as_constant
 def _has_double(device: torch.device) -> bool:
-    return device.type != "mps" and has_double(device.type, device.index)
+    return has_double(device.type, device.index)
 
 
 class IntraClass(NamedTuple):

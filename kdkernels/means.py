@@ -39,6 +39,8 @@ def with_items(
         raise ValueError(f"{asked} is of a mean, and reduction is {options.reduction!r}")
     if options.intra_class > 0:  # which is no mean over rows
         raise ValueError(f"dist_gamma and {asked} do not go together")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
     if group is None:
         return {**tensors, "num_items": _given(num_items, student)}
     if num_items is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from kdkernels.divergences import PerRow
+from kdkernels.divergences import DIVERGENCES, PerRow
 from kdkernels.options import SHARES, Options
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ def sharded(
     weight: Tensor | None,
     options: Options,
     tensors: PerRow,
-    inplace: bool,
 ) -> Sharded:
     """The local tensors of a call whose student logits are sharded over the classes.
 
@@ -87,7 +86,7 @@ def sharded(
             f"vocab_parallel must be VocabParallel(group, start, stop), got {type(shard).__name__}"
         )
     _check_shard(shard, student)
-    _check_options(options, tensors, weight, teacher, inplace)
+    _check_options(options, tensors, weight, teacher)
     return Sharded(shard, student, teacher, labels, sample_weight)
 
 
@@ -141,24 +140,11 @@ def _check_shard(shard: VocabParallel, student: Any) -> None:
         raise ValueError("vocab_parallel.group must be one that this process belongs to")
 
 
-# What is computed class by class, but for a last step of its sum.
-SHARDED = frozenset(
-    {
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "total_variation",
-        "alpha",
-        "renyi",
-    }
-)
+# What is a sum over the classes, but for a last step: not a correlation, nor what wants a label.
+SHARDED = frozenset(n for n, d in DIVERGENCES.items() if not d.alone and n != "dist")
 
 
-def _check_options(
-    o: Options, tensors: PerRow, weight: Tensor | None, teacher: Any, inplace: bool
-) -> None:
+def _check_options(o: Options, tensors: PerRow, weight: Tensor | None, teacher: Any) -> None:
     names = [term.name for term in o.divergence]
     refused = {
         "a top-k teacher or several": not isinstance(teacher, Tensor),

@@ -266,6 +266,10 @@ def case_what_is_wrong_raises_in_every_process():
     raises(ValueError, "at least one class", given=VocabParallel(None, 3, 3))
     raises(TypeError, "start must be an int", given=VocabParallel(None, 0.0, 3))
     raises(TypeError, r"must be VocabParallel\(group, start, stop\), got tuple", given=(None, 0, 3))
+    first = dist.new_group([0])
+    if dist.get_rank() > 0:
+        mine = VocabParallel(first, shard.start, shard.stop)
+        raises(ValueError, "group must be one that this process belongs to", given=mine)
     for options, named in (
         ({"divergence": "dkd"}, "divergence='dkd'"),
         ({"divergence": "hard"}, "divergence='hard'"),

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_cases import OPTIONS
 
 from kdkernels import VocabParallel, kd_loss
+from kdkernels.vocab_parallel import SHARDED
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
 CASES = Path(__file__).with_name("distributed_cases.py")
 
 
@@ -37,6 +36,11 @@ def test_all_cases(world, tmp_path):
     assert codes == [0] * world, said
 
 
+def test_every_divergence_that_has_a_sharded_form_is_asked():
+    asked = [options.get("divergence", "forward_kl") for options in OPTIONS]
+    assert {name for name in asked if isinstance(name, str)} == SHARDED
+
+
 def test_a_group_of_one_is_the_loss_itself(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'one'}", rank=0, world_size=1)
     try:
@@ -45,5 +49,7 @@ def test_a_group_of_one_is_the_loss_itself(tmp_path):
         sharded = kd_loss(s, t, y, vocab_parallel=VocabParallel(None, 0, 9))
         torch.testing.assert_close(sharded, alone, rtol=2e-6, atol=2e-6)
         assert torch.equal(kd_loss(s, t, y, group=dist.group.WORLD), alone)
+        with pytest.raises(ValueError, match="num_items and group do not go together"):
+            kd_loss(s, t, y, group=dist.group.WORLD, num_items=3)
     finally:
         dist.destroy_process_group()

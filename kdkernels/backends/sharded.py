@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdkernels.backends import triton_device
 from kdkernels.backends.base import Backend, Result
+from kdkernels.backends.reference import ReferenceBackend
+from kdkernels.backends.triton_device import has_double
 from kdkernels.divergences import DIVERGENCES, Term, forward_kl, sum_of_powers
 from kdkernels.reference import accumulation_dtype, effective
 
@@ -42,28 +43,14 @@ CHUNK = {"cpu": 2**17}
 LARGE_CHUNK = 2**23
 
 
-class ShardedBackend:
-    """``base`` scales the gradient in the backward, as it does its own."""
+class ShardedBackend(ReferenceBackend):
+    """Serves what the reference does; ``base`` scales the gradient in the backward, as its own."""
 
     name = "vocab_parallel"
-    device_types: tuple[str, ...] = ()
-    features: frozenset[str] | None = None
-    specialised: frozenset[str] | None = None
 
     def __init__(self, shard: VocabParallel, base: Backend) -> None:
-        self.shard, self.base = shard, base
-        self.scale = base.scale
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def details(self) -> str:
-        return "PyTorch"
-
-    def why_not(
-        self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
-    ) -> str | None:
-        return None
+        self.shard = shard
+        self.scale = base.scale  # type: ignore[method-assign]
 
     def run(
         self,
@@ -79,7 +66,7 @@ class ShardedBackend:
     ) -> Result:
         assert isinstance(teacher, Tensor)  # or it were refused
         rows = _Rows.of(student, labels, self.shard, options, tensors)
-        call = _Call(self.shard, student, teacher, rows, options, tensors, want_terms)
+        call = _Call(self.shard, student, teacher, rows, options, want_terms)
         call.normalise()
         soft, hard = call.compare(want_grad), call.cross_entropy()
         reduced = [rows.reduced(soft, 0, options), rows.reduced(hard, 1, options)]
@@ -114,10 +101,9 @@ class _Rows(NamedTuple):
         options: Options,
         tensors: PerRow,
     ) -> _Rows:
-        has_double = student.device.type != "mps" and triton_device.has_double(
-            student.device.type, student.device.index
-        )
-        wide = torch.float64 if has_double else torch.float32
+        wide = torch.float32
+        if has_double(student.device.type, student.device.index):
+            wide = torch.float64
         ones = torch.ones(student.shape[:-1].numel(), dtype=wide, device=student.device)
         weight = ones
         if "sample_weight" in tensors:
@@ -205,10 +191,9 @@ class _Call:
         teacher: Tensor,
         rows: _Rows,
         options: Options,
-        tensors: PerRow,
         want_terms: bool,
     ) -> None:
-        self.shard, self.rows, self.options, self.tensors = shard, rows, options, tensors
+        self.shard, self.rows, self.options = shard, rows, options
         self.student, self.shape = student.detach(), student.shape
         self.flat = self.student.reshape(-1, student.shape[-1])
         self.teacher = teacher.detach().reshape(self.flat.shape)

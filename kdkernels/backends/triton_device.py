@@ -71,9 +71,9 @@ def launch_options(threads: int, device: int, registers: int = 200) -> dict[str,
 
 @functools.cache
 def has_double(device_type: str, index: int | None) -> bool:
-    """False for some of Intel's GPUs: then all is float32, rows at risk included."""
+    """False for Apple's and some of Intel's GPUs: then all is float32, rows at risk included."""
     if device_type != "xpu":
-        return True
+        return device_type != "mps"
     return bool(torch.xpu.get_device_capability(index)["has_fp64"])
 
 
