@@ -1,43 +1,163 @@
-"""Files written whole or not at all, and the checkpoint of a student."""
+"""Files written whole or not at all; checkpoints, and models that can be used after training."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kdkernels.train.models import MODELS
+from kdkernels.train.errors import SetupError, StorageError, require
+from kdkernels.train.models import build, load_weights
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write beside ``path``, then move it there: nobody ever sees half a file."""
-    aside = path.with_name(f".{path.name}.part{path.suffix}")
+def write(path: Path, content: bytes | str) -> None:
+    """Write beside ``path``, flush to the disk, then move there: nobody ever sees half a file.
+
+    Raises:
+        StorageError: a full disk, a folder that is not writable; what was at ``path`` is intact.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        save(aside)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
-    finally:
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the name, too
+        os.close(folder)
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}; what was there before is intact"
+        ) from error
 
 
-def save(path: Path, model: nn.Module, architecture: dict[str, Any], about: dict[str, Any]) -> None:
-    """Save what :func:`load` needs, and ``about``: how the model was made and what it reached.
+class Checkpoints:
+    """The last ``keep`` states of a run and the best weights, in one folder."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def __str__(self) -> str:
+        found = self._found()
+        return str(found[-1]) if found else "none"
+
+    def _found(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        write(self.folder / f"step-{step:08d}.pt", _to_bytes(state))
+        for old in self._found()[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def save_best(self, weights: dict[str, Tensor]) -> None:
+        write(self.folder / "best.pt", _to_bytes(weights))
+
+    def best(self) -> dict[str, Tensor]:
+        return read(self.folder / "best.pt")
+
+    def latest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest state that can be read; says which one cannot. None if there are none.
+
+        Raises:
+            StorageError: there are some, and none of them can be read.
+        """
+        found = self._found()
+        for path in reversed(found):
+            try:
+                return read(path)
+            except StorageError as error:
+                say(f"{error}; the one before it is taken")
+        if found:
+            raise StorageError(f"no checkpoint in {self.folder} can be read")
+        return None
+
+
+def _to_bytes(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a torch file of tensors, numbers, strings and containers holds."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except Exception as error:  # torch raises a different one for each way a file can be broken
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StorageError(f"{path} cannot be read: {what}") from error
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every generator that a step may draw from."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    name, keys, *rest = require("numpy.random", "numpy", "train").get_state()
+    states["numpy"] = (name, keys.tolist(), *rest)
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    require("numpy.random", "numpy", "train").set_state(states["numpy"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """Write the weights as safetensors, with ``about`` (plain data) in the file's header.
+
+    ``load_model`` needs of it ``name``, ``options``, ``classes``, ``channels``, ``mean``, ``std``.
+    """
+    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    save = require("safetensors.torch", "safetensors", "train").save
+    write(path, save(weights, {"kdkernels": json.dumps(about)}))
+
+
+class Normalize(nn.Module):
+    """Images in [0, 1] less their mean and over their standard deviation, by channel."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = (images - self.mean) / self.std
+        return out
+
+
+def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that a run has left: images in [0, 1] to logits, in eval mode; and what it says.
 
     Args:
-        architecture: ``name``, a key of ``MODELS``, and its keyword arguments.
-        about: plain numbers, strings, lists and dicts only, so that ``weights_only=True`` loads it.
+        path: ``model.safetensors``, or the folder of a run, whose first distilled student it is.
     """
-    content = {"model": model.state_dict(), "architecture": architecture, "about": about}
-    write(path, lambda aside: torch.save(content, aside))
-
-
-def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checkpoint, in eval mode, and what is said about it."""
-    content = torch.load(path, weights_only=True)
-    options = dict(content["architecture"])
-    model = MODELS[options.pop("name")](**options)
-    model.load_state_dict(content["model"])
-    return model.eval(), content["about"]
+    if path.is_dir():
+        below = sorted(path.glob("seed*/distilled/model.safetensors"))
+        path = next(iter(below), path / "model.safetensors")
+    try:
+        with require("safetensors", "safetensors", "train").safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["kdkernels"])
+    except SetupError:
+        raise
+    except KeyError as error:
+        raise SetupError(f"{path} was not written by kdkernels train") from error
+    except Exception as error:  # FileNotFoundError, or safetensors' own
+        raise SetupError(f"{path} cannot be read: {error}") from error
+    model = build(about["name"], len(about["classes"]), about["channels"], about["options"])
+    load_weights(model, path)
+    return nn.Sequential(Normalize(about["mean"], about["std"]), model).eval(), about

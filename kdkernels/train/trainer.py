@@ -1,112 +1,421 @@
-"""The training loop that teacher, student alone and distilled student share."""
+"""The training loop: one student, with or without teachers, that any interruption may stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 
-from kdkernels.modules import FusedKDLoss
-from kdkernels.reference import KDTerms
-from kdkernels.train import TrainError
-from kdkernels.train.data import Images
-from kdkernels.train.progress import Progress
+from kdkernels.train import distributed
+from kdkernels.train.augment import mix, pipeline
+from kdkernels.train.callbacks import Callback
+from kdkernels.train.checkpoints import Checkpoints, random_states, set_random_states
+from kdkernels.train.config import Config
+from kdkernels.train.data import UNLABELLED, Images, batches
+from kdkernels.train.distill import Distillation, Teachers
+from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError, require
 
-EVALUATIONS = 20  # points on a curve
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a run is optimised: AdamW whose learning rate falls to zero along a cosine."""
-
-    steps: int
-    learning_rate: float
-    weight_decay: float
+Data = Dataset[Any] | tuple[Tensor, Tensor]
 
 
 @dataclass
-class Curve:
-    """Validation accuracy after so many optimiser steps."""
+class Result:
+    """What a run came to.
 
-    steps: list[int] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-
-
-Objective = Callable[[nn.Module, Images], dict[str, Tensor]]
-"""What a run minimises: the model and a batch to its terms, of which ``loss`` is minimised."""
-
-
-def supervised(model: nn.Module, batch: Images) -> dict[str, Tensor]:
-    """Cross entropy with the labels alone."""
-    return {"loss": F.cross_entropy(model(batch.images), batch.labels)}
-
-
-class Distillation:
-    """FusedKDLoss towards a frozen teacher; rows labelled UNLABELLED teach by the teacher alone.
-
-    The teacher sees the very images the student sees, shifts included. It is in eval mode and runs
-    without gradient, so neither its weights nor its batch-norm statistics move.
+    Attributes:
+        accuracy: the best on the validation images, in [0, 1]; the student has the weights of then.
+        epoch: of the best, from 1 on.
+        curve: (steps, validation accuracy) after each epoch.
+        stopped_early: whether ``training.patience`` ended the run.
     """
 
-    def __init__(self, teacher: nn.Module, temperature: float, alpha: float) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.loss = FusedKDLoss(temperature, alpha, distill_ignored=True, return_terms=True)
-
-    def __call__(self, student: nn.Module, batch: Images) -> dict[str, Tensor]:
-        with torch.no_grad():
-            teacher_logits = self.teacher(batch.images)
-        terms = self.loss(student(batch.images), teacher_logits, batch.labels)
-        assert isinstance(terms, KDTerms)
-        return terms._asdict()
+    accuracy: float = -1.0
+    epoch: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    stopped_early: bool = False
 
 
-def fit(
-    name: str,
-    model: nn.Module,
-    objective: Objective,
-    batches: Iterator[Images],
-    recipe: Recipe,
-    validation: Images,
-    progress: Progress,
-) -> Curve:
-    """Train ``model`` in place; the objective's own parameters (a teacher) are left alone.
+class Trainer:
+    """Trains ``student``, in place, towards the teacher's logits and the labels.
 
-    Raises:
-        TrainError: the loss of a step is NaN or infinite; the step is named.
+    Args:
+        student: images (N, channels, H, W) to logits (N, C).
+        teacher: the same, a sequence of such, or None to train on labels alone. It is put into eval
+            mode and its parameters no longer require grad.
+        train_data: a dataset of (image, label), or the tensors (N, channels, H, W) and (N,). Pixels
+            are uint8, or floating point in [0, 1]. The label -100 is no label.
+        val_data: the same, with all labels; chooses the epoch whose weights are kept.
+        config: sections ``augment``, ``loss``, ``distill``, ``schedules`` and ``training`` count.
+        normalize: applied to the images in [0, 1] before the models. Default: nothing.
+        callbacks: told what happens.
+        folder: where checkpoints are kept, and found again if there are any. None: nowhere.
+        steps_per_epoch: default: one pass over the training images.
+        cached: logits of the teacher for all training images.
+        say: where messages go.
+
+    Example:
+        >>> config = Config(training={"epochs": 20}, loss={"temperature": 2.0})
+        >>> trainer = Trainer(student, teacher, (images, labels), (more, their_labels), config)
+        >>> trainer.fit().accuracy
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module] | None,
+        train_data: Data,
+        val_data: Data,
+        config: Config | None = None,
+        *,
+        normalize: nn.Module | None = None,
+        callbacks: Sequence[Callback] = (),
+        folder: str | Path | None = None,
+        seed: int = 0,
+        steps_per_epoch: int | None = None,
+        cached: Any = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config = config or Config()
+        self.train_data, self.val_data = as_dataset(train_data), as_dataset(val_data)
+        self.callbacks, self.seed, self.say = list(callbacks), seed, say
+        self.options = training = self.config.training
+        self.device = distributed.device(training.device)
+        self.normalize = (normalize or nn.Identity()).to(self.device)
+        size, world = training.batch_size, distributed.world_size()
+        if size < 2 * world or len(self.train_data) < 2 * world:  # type: ignore[arg-type]
+            raise SetupError("batch normalisation needs two images per process, in every batch")
+        self.steps_per_epoch = steps_per_epoch or max(1, -(-len(self.train_data) // size))  # type: ignore[arg-type]
+        first = next(batches(self.train_data, [[0, 1]], 0))[0].to(self.device)
+        self.augment = pipeline(self.config.augment, first.shape[1])
+        models = [teacher] if isinstance(teacher, nn.Module) else teacher
+        teachers = Teachers(models).to(self.device) if models else None
+        seed_everything(seed, 0)
+        self.objective = Distillation(
+            student.to(self.device), teachers, self.config, self.normalize(first), cached
+        ).to(self.device)
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        if not parameters:
+            raise SetupError("student.freeze leaves nothing to train")
+        self.optimizer = make_optimizer(parameters, training)
+        self.module = distributed.wrap(self.objective, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
+        average = get_ema_multi_avg_fn(training.ema)
+        self.ema = AveragedModel(student, multi_avg_fn=average) if training.ema else None
+        self.checkpoints = Checkpoints(Path(folder), training.keep) if folder else None
+        self.result = Result()
+        self.epoch = self.batch = self.step = self.skipped = 0
+        self._best: dict[str, Tensor] = {}
+        self._signal = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The student, or the average of its weights: what is evaluated and kept."""
+        return self.ema.module if self.ema is not None else self.objective.student
+
+    def fit(self) -> Result:
+        """Train to the end, from the last checkpoint on if the folder holds one.
+
+        Raises:
+            NonFiniteError: a loss was NaN or infinite and ``training.nonfinite`` is ``"stop"``.
+            Interrupted: SIGINT or SIGTERM came; fit() of the same folder goes on where it was.
+            StorageError, SetupError: see there.
+        """
+        state = self.checkpoints.latest(self.say) if self.checkpoints else None
+        if state is None:
+            seed_everything(self.seed, distributed.rank())
+        else:
+            self._load_state(state)
+        try:
+            for callback in self.callbacks:
+                callback.start(self)
+            with self._signals():
+                while self.epoch < self.options.epochs and not self.result.stopped_early:
+                    self._train_epoch()
+                    self._end_epoch()
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+        if self._best:
+            self.model.load_state_dict(self._best)
+        if self.ema is not None:
+            self.objective.student.load_state_dict(self.ema.module.state_dict())
+        self.objective.eval()
+        return self.result
+
+    def _train_epoch(self) -> None:
+        order = epoch_order(
+            len(self.train_data), self.steps_per_epoch, self.options.batch_size,  # type: ignore[arg-type]
+            self.seed * 1_000_003 + self.epoch, 2 * distributed.world_size(),
+        )  # fmt: skip
+        rest = [
+            batch[distributed.rank() :: distributed.world_size()] for batch in order[self.batch :]
+        ]
+        for images, labels, index in batches(self.train_data, rest, self.config.data.workers):
+            began = time.perf_counter()
+            self.objective.schedule(self.epoch + self.batch / len(order))
+            rate = self.options.learning_rate * self._rate(self.epoch + self.batch / len(order))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            terms = self._train_step(images.to(self.device), labels.to(self.device), index)
+            self.step, self.batch = self.step + 1, self.batch + 1
+            record = {"step": self.step, "epoch": self.epoch + 1, **terms, "learning_rate": rate}
+            speed = len(images) * distributed.world_size() / (time.perf_counter() - began)
+            for callback in self.callbacks:
+                callback.step(self, record, speed)
+            every = self.options.checkpoint_every
+            if self._signal or (every and self.step % every == 0 and self.batch < len(order)):
+                self._save()
+            if self._signal:
+                name = signal.Signals(self._signal).name
+                raise Interrupted(self._signal, f"{name} at step {self.step}: {self._last_good()}")
+
+    def _rate(self, epoch: float) -> float:
+        """The factor of the learning rate, in [0, 1]."""
+        options = self.options
+        if epoch < options.warmup:
+            return (epoch + 1 / self.steps_per_epoch) / (options.warmup + 1 / self.steps_per_epoch)
+        share = (epoch - options.warmup) / max(options.epochs - options.warmup, 1e-9)
+        return {
+            "constant": 1.0,
+            "linear": 1 - share,
+            "cosine": (1 + math.cos(math.pi * share)) / 2,
+            "step": 0.1 ** ((share >= 0.5) + (share >= 0.75)),
+        }[options.schedule]
+
+    def _train_step(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, float]:
+        """One step of the optimiser, or none where a loss is not finite and that is to be skipped."""
+        self.module.train()
+        images, mixed = mix(self.augment(images), labels, self.config.augment)
+        if self.config.augment.fgsm:
+            images = self._adversarial(images, labels, index, mixed)
+        images = self.normalize(images)
+        buffers = [b.clone() for b in self.objective.buffers()]
+        self.optimizer.zero_grad(set_to_none=True)
+        items = self._items(labels, mixed)
+        totals: dict[str, Tensor] = {}
+        for part in torch.arange(len(images), device=self.device).chunk(self.options.accumulate):
+            others = None if mixed is None else (mixed[0][part], mixed[1])
+            with self._autocast():
+                terms = self.module(images[part], labels[part], index[part.cpu()], others, items)
+            self.scaler.scale(terms["loss"]).backward()
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        values = distributed.mean(totals)
+        if self._gradient_is_finite(values):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.objective.student)
+        else:  # batch norm has seen what made the loss what it is
+            for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        return values
+
+    def _autocast(self) -> torch.autocast:
+        kind = torch.float16 if self.options.amp == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, kind, enabled=self.options.amp != "off")
+
+    def _items(self, labels: Tensor, mixed: Any) -> tuple[float, float] | None:
+        """By what the sums over images and labelled images are divided, in each process."""
+        world = distributed.world_size()
+        if world == 1 and self.options.accumulate == 1 and mixed is None:
+            return None  # a mean
+        counts = torch.tensor([len(labels), 0.0], device=self.device, dtype=torch.float64)
+        weight = self.objective.loss_fn.weight
+        known = labels[labels != UNLABELLED]
+        counts[1] = len(known) if weight is None else weight[known].sum()
+        if not self.objective.loss_fn.distill_ignored:
+            counts[0] = len(known)
+        images, labelled = distributed.sum(counts).tolist()
+        return max(images, 1) / world, max(labelled, 1e-6) / world
+
+    def _adversarial(self, images: Tensor, labels: Tensor, index: Tensor, mixed: Any) -> Tensor:
+        """A share of the images, moved along the sign of the gradient of their loss."""
+        self.objective.eval()  # batch norm is not to see these images twice
+        images = images.detach().requires_grad_()
+        terms = self.objective(self.normalize(images), labels, index, mixed, None)
+        (gradient,) = torch.autograd.grad(terms["loss"], images)
+        self.module.train()
+        count = round(self.config.augment.fgsm_share * len(images))
+        step = self.config.augment.fgsm * gradient.sign()
+        step[count:] = 0  # the order of a batch is random already
+        return (images.detach() + step).clamp(0, 1)
+
+    def _gradient_is_finite(self, values: dict[str, float]) -> bool:
+        """Clip the gradient; whether the step can be made. A scaler leaves its own steps out."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.options.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.options.clip, norm)
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not wrong and not self.scaler.is_enabled() and not math.isfinite(norm.item()):
+            wrong = {"gradient": norm.item()}
+        if not wrong:
+            return True
+        shown = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        if self.options.nonfinite == "stop":
+            raise NonFiniteError(f"step {self.step + 1} has {shown}; {self._last_good()}")
+        self.skipped += 1
+        self.say(f"step {self.step + 1} left out: it has {shown}")
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return False
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {self.checkpoints or 'none, no folder was given'}"
+
+    def _end_epoch(self) -> None:
+        found = evaluate(self.model, self.val_data, self.normalize, self.options.batch_size)
+        self.epoch, self.batch = self.epoch + 1, 0
+        result = self.result
+        result.curve.append((self.step, found.accuracy))
+        if found.accuracy > result.accuracy:
+            result.accuracy, result.epoch = found.accuracy, self.epoch
+            self._best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            if self.checkpoints and distributed.rank() == 0:
+                self.checkpoints.save_best(self._best)
+        patience = self.options.patience
+        result.stopped_early = bool(patience) and self.epoch - result.epoch >= patience
+        record = {"step": self.step, "epoch": self.epoch, "validation_loss": found.loss,
+                  "validation_accuracy": found.accuracy}  # fmt: skip
+        for callback in self.callbacks:
+            callback.epoch(self, record)
+        self._save()
+
+    def _save(self) -> None:
+        if self.checkpoints and distributed.rank() == 0:
+            self.checkpoints.save(self.step, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "place": [self.epoch, self.batch, self.step, self.skipped],
+            "result": vars(self.result),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
+            "random": random_states(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.epoch, self.batch, self.step, self.skipped = state["place"]
+        self.result = Result(**state["result"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
+            callback.load_state_dict(saved)
+        if self.result.epoch and self.checkpoints:
+            self._best = self.checkpoints.best()
+        set_random_states(state["random"])
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Within, SIGINT and SIGTERM are noted, and acted on between two steps."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets no other thread have them
+            return
+
+        def note(signum: int, frame: Any) -> None:
+            self._signal = signum
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch; each process draws its own numbers."""
+    mixed = (seed * 1009 + rank) % 2**32
+    random.seed(mixed)
+    require("numpy.random", "numpy", "train").seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def as_dataset(data: Data) -> Dataset[Any]:
+    return Images(*data) if isinstance(data, tuple) else data
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: Any) -> torch.optim.Optimizer:
+    common = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.optimizer == "sgd":
+        nesterov = options.momentum > 0
+        return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=nesterov, **common)
+    kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, **common)
+
+
+def epoch_order(n: int, steps: int, size: int, seed: int, smallest: int) -> list[list[int]]:
+    """The images of each batch of an epoch: all once in random order, then again if steps are left.
+
+    A last batch of fewer than ``smallest`` is a part of the one before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat(
+        [torch.randperm(n, generator=generator) for _ in range(-(-steps * size // n))]
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-    evaluate_every = max(1, recipe.steps // EVALUATIONS)
-    curve = Curve()
-    progress.start(name, recipe.steps)
-    for step in range(1, recipe.steps + 1):
-        model.train()
-        terms = objective(model, next(batches))
-        values = {term: value.item() for term, value in terms.items()}
-        if not math.isfinite(values["loss"]):
-            shown = ", ".join(f"{term} {value}" for term, value in values.items())
-            raise TrainError(f"{name}: step {step} of {recipe.steps} has {shown}; stopped")
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        schedule.step()
-        progress.step(step, values)
-        if step % evaluate_every == 0 or step == recipe.steps:
-            curve.steps.append(step)
-            curve.accuracy.append(accuracy(model, validation))
-            progress.evaluated(step, curve.accuracy[-1])
-    return curve
+    # One pass is one pass: the last batch is what is left.
+    needed = n if steps == -(-n // size) else steps * size
+    found = [part.tolist() for part in order[:needed].split(size)]
+    if len(found) > 1 and len(found[-1]) < smallest:
+        found[-2:] = [found[-2] + found[-1]]
+    return found
+
+
+@dataclass
+class Evaluation:
+    """Accuracy and mean cross entropy; ``confusion`` counts images by (true, predicted) class."""
+
+    accuracy: float
+    loss: float
+    confusion: Tensor
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
-    """The share of images classified right, in [0, 1]; leaves the model in eval mode."""
+def evaluate(
+    model: nn.Module, data: Data, normalize: nn.Module | None = None, batch_size: int = 256
+) -> Evaluation:
+    """Look at all images once, in eval mode, shared by the processes that there are."""
+    data, rank, world = as_dataset(data), distributed.rank(), distributed.world_size()
+    distributed.same_buffers(model)
     model.eval()
-    predicted = torch.cat([model(part).argmax(1) for part in images.images.split(512)])
-    return (predicted == images.labels).float().mean().item()
+    device = next(model.parameters()).device
+    index = list(range(len(data)))[rank::world]  # type: ignore[arg-type]
+    parts = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
+    loss, confusion = torch.zeros((), dtype=torch.float64, device=device), None
+    for images, labels, _ in batches(data, parts, 0):
+        images, labels = images.to(device), labels.to(device)
+        logits = model(images if normalize is None else normalize(images)).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        classes = logits.shape[1]
+        if confusion is None:
+            confusion = torch.zeros(classes * classes, dtype=torch.float64, device=device)
+        both = labels * classes + logits.argmax(1)
+        confusion += both.bincount(minlength=classes * classes)
+    if confusion is None:
+        raise SetupError("there are fewer images to evaluate than processes")
+    confusion, count = distributed.sum(confusion), len(data)  # type: ignore[arg-type]
+    square = confusion.view(math.isqrt(len(confusion)), -1).long().cpu()
+    accuracy = square.diagonal().sum().item() / count
+    return Evaluation(accuracy, distributed.sum(loss).item() / count, square)

@@ -1,0 +1,284 @@
+"""The configuration of a run: its options with defaults and limits, from TOML and to TOML."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kdkernels.modules import FusedKDLoss
+from kdkernels.train.errors import SetupError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Magnitude = Annotated[int, Field(ge=0, le=30)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Degrees = Annotated[float, Field(ge=0, le=180)]
+Schedule = Literal["constant", "linear", "cosine", "step"]
+CacheFormat = Literal["none", "float16", "float32"]
+Ramp = list[tuple[NotNegative, float]]
+
+# What FusedKDLoss takes and a configuration can say; the rest is the trainer's own business.
+_OWN = ("reduction", "return_terms", "inplace", "group", "shift", "vocab_parallel", "ignore_index")
+LOSS_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(FusedKDLoss).parameters.items()
+    if name not in _OWN
+}
+
+
+def option(default: Any, help: str) -> Any:
+    return Field(default, description=help)
+
+
+class Section(BaseModel):
+    """Options that belong together; unknown ones are rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    name: Literal["mnist5k", "digits", "folder"] = option("mnist5k", "real images")
+    folder: str = option("", "of name=folder: a folder per class, or train/ val/ test/ of such")
+    size: Natural = option(0, "scale images to size x size pixels; 0: they are alike")
+    channels: Literal[0, 1, 3] = option(0, "1 grey, 3 RGB, 0: as the first image has them")
+    corrupt: Literal["error", "skip"] = option("error", "fail on files that are no image, or not")
+    validation: Share = option(0.15, "share of the images, stratified by class")
+    test: Share = option(0.25, "share of the images, stratified by class")
+    split_seed: Natural = option(0, "the split is the same for all seeds of the training")
+    labelled: Natural = option(50, "labels of the student's owner; the teacher had all. 0: all")
+    mean: list[float] = option([], "per channel, pixels in [0, 1]; []: of the training images")
+    std: list[Positive] = option([], "per channel, pixels in [0, 1]; []: of the training images")
+    workers: Natural = option(0, "processes that load batches")
+
+
+class Augment(Section):
+    crop: Natural = option(2, "pixels by which images are moved at most, zeros coming in")
+    flip: Share = option(0.0, "probability of a horizontal flip")
+    rotation: Degrees = option(0.0, "degrees, at most")
+    color: Share = option(0.0, "strength of brightness and contrast, saturation and hue in RGB")
+    randaugment: Magnitude = option(0, "of RandAugment's two operations, to 30 (arXiv:1909.13719)")
+    mixup: NotNegative = option(0.0, "alpha of the Beta distribution (arXiv:1710.09412); 0: none")
+    cutmix: NotNegative = option(0.0, "alpha of the Beta distribution (arXiv:1905.04899); 0: none")
+    fgsm: Share = option(0.0, "step along the sign of the gradient, in pixels (arXiv:1412.6572)")
+    fgsm_share: Share = option(0.5, "share of a batch that is made adversarial")
+
+
+class Model(Section):
+    name: str = option(..., "built in, timm:NAME, hf:TYPE, hf:./FOLDER or package.module:function")
+    options: dict[str, Any] = option({}, "keyword arguments of the model: dropout, width, ...")
+    weights: str = option("", "safetensors file, or torch file of tensors; empty: none")
+
+
+class Student(Model):
+    name: str = "mobilenet"
+    options: dict[str, Any] = {"stem_stride": 2}
+    freeze: list[str] = option([], "modules to keep as they are, as paths or globs: stages.0.*")
+
+
+class Teacher(Model):
+    name: str = "resnet8"
+    options: dict[str, Any] = {"stem_stride": 2}
+    others: list[Model] = option([], "more teachers, of an ensemble")
+    epochs: Natural = option(0, "of a teacher without weights; 0: as the student's")
+    learning_rate: Positive = option(1e-2, "of a teacher without weights")
+    cache: CacheFormat = option("none", "keep its logits of the training set; augments nothing")
+    cache_top_k: Natural = option(0, "keep the k largest logits of an image only; 0: all")
+
+
+class Distill(Section):
+    hints: dict[str, str] = option({}, "FitNets (arXiv:1412.6550): student's module = teacher's")
+    hint_weight: NotNegative = option(1.0, "of the mean squared distance")
+    attention: dict[str, str] = option({}, "transfer (arXiv:1612.03928): student's = teacher's")
+    attention_weight: NotNegative = option(1000.0, "of the squared distance, beta in the paper")
+    learn_temperature: bool = option(False, "train the temperature, from loss.temperature on")
+
+
+class Training(Section):
+    epochs: Count = option(8, "passes over the training images; without a teacher as many steps")
+    batch_size: Count = option(64, "images of an optimiser step, over all processes")
+    accumulate: Count = option(1, "parts in which a batch is computed, to the same gradient")
+    optimizer: Literal["sgd", "adam", "adamw"] = option("adamw", "sgd has Nesterov momentum")
+    learning_rate: Positive = option(2e-2, "the highest of the schedule")
+    momentum: Share = option(0.9, "of sgd")
+    weight_decay: NotNegative = option(1e-2, "L2 of sgd and adam, decoupled in adamw")
+    schedule: Schedule = option("cosine", "of the rate, to zero; step: a tenth at 50 % and 75 %")
+    warmup: NotNegative = option(0.0, "epochs in which the learning rate rises to its highest")
+    clip: NotNegative = option(0.0, "norm to which gradients are clipped; 0: not")
+    amp: Literal["off", "bfloat16", "float16"] = option("off", "mixed precision")
+    ema: Decay = option(0.0, "of the average of the weights that is evaluated and kept; 0: none")
+    label_smoothing: Share = option(0.0, "of models without a teacher; the other: in loss")
+    patience: Natural = option(0, "epochs without a better validation accuracy; 0: no end")
+    nonfinite: Literal["stop", "skip"] = option("stop", "what a NaN or infinite loss does")
+    checkpoint_every: Natural = option(0, "steps; 0: epochs only")
+    keep: Count = option(2, "the last so many checkpoints stay")
+    log_every: Count = option(10, "steps")
+    device: str = option("auto", "cpu, cuda, ...; auto: the accelerator if there is one")
+    threads: Natural = option(0, "of the CPU; 0: as PyTorch chooses")
+
+
+class Config(Section):
+    """All options. Sections may be given as dictionaries: ``Config(training={"epochs": 3})``."""
+
+    seeds: Count = option(3, "runs from different initial weights")
+    first_seed: Natural = option(0, "seeds are this one and those that follow")
+    baselines: bool = option(True, "also train the student without a teacher, two ways")
+    wandb: str = option("", "project on Weights & Biases that is told as well; empty: none")
+    data: Data = Data()
+    augment: Augment = Augment()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    loss: dict[str, Any] = option({}, "arguments of FusedKDLoss")
+    distill: Distill = Distill()
+    schedules: dict[str, Ramp] = option({}, "[[epoch, value], ...] of a number in loss or distill")
+    training: Training = Training()
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_is_one(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in LOSS_OPTIONS:
+                reason = "is the trainer's own" if name in _OWN else "is unknown"
+                raise ValueError(f"{name} {reason}{nearest(name, LOSS_OPTIONS)}")
+        make_loss(given)
+        return given
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Config:
+        weights = {"hint_weight", "attention_weight"}
+        known = weights | LOSS_OPTIONS.keys()
+        for name, points in self.schedules.items():
+            if name not in known:
+                raise ValueError(f"schedules.{name} is unknown{nearest(name, known)}")
+            if not points or [p for p, _ in points] != sorted({p for p, _ in points}):
+                raise ValueError(f"schedules.{name}: epochs must increase")
+            for _, value in points if name not in weights else ():
+                make_loss(self.loss | {name: value})
+            if any(value < 0 for _, value in points):
+                raise ValueError(f"schedules.{name}: values must not be negative")
+        if self.data.validation + self.data.test >= 1:
+            raise ValueError("data.validation and data.test leave nothing to train on")
+        augment = self.augment
+        random = (augment.crop, augment.flip, augment.rotation, augment.color, augment.randaugment)
+        if self.teacher.cache != "none" and any(
+            (*random, augment.mixup, augment.cutmix, augment.fgsm)
+        ):
+            raise ValueError("teacher.cache needs images that stay as they are: augment.crop=0 ...")
+        if self.teacher.cache != "none" and (self.distill.hints or self.distill.attention):
+            raise ValueError("teacher.cache keeps logits alone: no distill.hints or attention")
+        if self.distill.learn_temperature and "temperature" in self.schedules:
+            raise ValueError("a temperature is either learned or scheduled")
+        return self
+
+
+def make_loss(options: dict[str, Any]) -> FusedKDLoss:
+    """FusedKDLoss as a configuration has it.
+
+    Images without a label are distilled unless ``distill_ignored`` says otherwise.
+
+    Raises:
+        ValueError: what FusedKDLoss has to say of an option.
+    """
+    given = {"distill_ignored": True, **options}
+    for name in ("weight", "teacher_weights"):
+        if isinstance(given.get(name), list):
+            given[name] = torch.tensor(given[name], dtype=torch.float32)
+    try:
+        return FusedKDLoss(**given, return_terms=True)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def load(path: Path | None = None, changes: dict[str, Any] | None = None) -> Config:
+    """Read a TOML file, if any, and change it: ``{"training.epochs": "3"}``.
+
+    Raises:
+        SetupError: a file that cannot be read, an unknown key, a value that is not allowed.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SetupError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # TOML and UTF-8
+            raise SetupError(f"{path} is not TOML: {error}") from error
+    for key, value in (changes or {}).items():
+        *sections, name = key.split(".", 1)
+        table = content
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise SetupError(f"{section} must be a table, got {table!r}")
+        table[name] = value
+    return checked(content)
+
+
+def checked(content: dict[str, Any]) -> Config:
+    """The configuration that ``content`` is; raises SetupError with all that is wrong with it."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise SetupError("\n".join(_in_words(one) for one in error.errors())) from error
+
+
+def _in_words(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in path[:-1]:
+            field = getattr(section, "model_fields", {}).get(part)
+            section = field.annotation if field else None
+        names = getattr(section, "model_fields", {})
+        prefix = "".join(f"{part}." for part in path[:-1])
+        return f"unknown option {where}{nearest(where, [prefix + name for name in names])}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {error['input']!r}"
+
+
+def parse(text: str, annotation: Any) -> Any:
+    """A value on the command line: TOML where it is a list, a table or a number of FusedKDLoss."""
+    if text[:1] in ("[", "{") or annotation is Any:
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except ValueError:
+            return text
+    return text
+
+
+def options() -> dict[str, tuple[Any, str]]:
+    """All options by their full name, with their type and what help says of them."""
+    found: dict[str, tuple[Any, str]] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            for key, inner in section.model_fields.items():
+                default = inner.get_default(call_default_factory=True)
+                found[f"{name}.{key}"] = (inner.annotation, f"{inner.description} ({default!r})")
+        else:
+            found[name] = (field.annotation, f"{field.description} ({field.default!r})")
+    for name, default in LOSS_OPTIONS.items():
+        found[f"loss.{name}"] = (Any, f"of FusedKDLoss ({default!r})")
+    return found
+
+
+def dumps(config: Config) -> str:
+    """The resolved configuration as TOML: every option, whether it was given or not."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump())

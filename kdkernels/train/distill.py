@@ -1,0 +1,223 @@
+"""What a training step minimises: FusedKDLoss, and what compares the insides of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdkernels.teachers import TopKTeacher
+from kdkernels.train.config import Config, make_loss
+from kdkernels.train.data import UNLABELLED
+from kdkernels.train.errors import SetupError, nearest
+from kdkernels.train.models import matching
+
+
+class Teachers(nn.Module):
+    """Models that only look: in eval mode and without gradients, whoever calls ``train()``."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.models.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Teachers:
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [model(images) for model in self.models]
+
+
+class _Tap:
+    """The last output of a module inside a model."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        paths = dict(model.named_modules())
+        if path not in paths:
+            raise SetupError(f"no module {path!r} in the model{nearest(path, paths)}")
+        self.path = path
+        paths[path].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not isinstance(output, Tensor) or output.dim() not in (2, 4):
+            raise SetupError(f"the output of {self.path} is neither (N, C, H, W) nor (N, C)")
+        self.output = output
+
+
+class Distillation(nn.Module):
+    """Student, loss, and what is trained with them; images and labels to the terms of the loss.
+
+    The teachers are no part of it: neither ``train()``, nor an optimiser, nor a state_dict finds
+    them. Without teachers it is the cross entropy.
+
+    Args:
+        student: images (N, channels, H, W) to logits (N, C); changed in place.
+        teachers: the same to their own logits (N, C).
+        example: some images, to learn the shapes of hints from.
+        cached: the teacher's logits of all training images, in the place of asking it.
+
+    Raises:
+        SetupError: modules of hints, attention or freeze that do not exist or do not fit.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Teachers | None,
+        config: Config,
+        example: Tensor,
+        cached: Tensor | TopKTeacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.config, self.cached = student, config, cached
+        self._teachers = (teachers,)  # a tuple, which nn.Module does not look into
+        self.loss_fn = make_loss(config.loss)
+        distill = config.distill
+        self.weights = {"hint": distill.hint_weight, "attention": distill.attention_weight}
+        frozen = matching(student, config.student.freeze)
+        self._frozen = tuple(student.get_submodule(path) for path in frozen)
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self._taps: dict[str, list[tuple[_Tap, _Tap]]] = {"hint": [], "attention": []}
+        self.projections = nn.ModuleList()
+        self.log_temperature: nn.Parameter | None = None
+        if teachers is not None:
+            self._look_inside(student, teachers, example)
+            if distill.learn_temperature:
+                start = torch.tensor(float(self.loss_fn.temperature))
+                self.log_temperature = nn.Parameter(start.log())
+
+    def _look_inside(self, student: nn.Module, teachers: Teachers, example: Tensor) -> None:
+        distill = self.config.distill
+        for kind, pairs in (("hint", distill.hints), ("attention", distill.attention)):
+            for ours, theirs in pairs.items():
+                tapped = (_Tap(student, ours), _Tap(teachers.models[0], theirs))
+                self._taps[kind].append(tapped)
+        if not any(self._taps.values()):
+            return
+        with torch.no_grad():
+            student.eval()(example)
+            teachers(example)
+        for ours, theirs in self._taps["hint"]:
+            if ours.output.dim() != theirs.output.dim():
+                raise SetupError(f"hint {ours.path}: an image and a vector cannot be compared")
+            sizes = ours.output.shape[1], theirs.output.shape[1]
+            is_image = ours.output.dim() == 4
+            self.projections.append(nn.Conv2d(*sizes, 1) if is_image else nn.Linear(*sizes))
+        for ours, theirs in self._taps["attention"]:
+            if (ours.output.dim(), theirs.output.dim()) != (4, 4):
+                raise SetupError(f"attention {ours.path}: both outputs must be (N, C, H, W)")
+
+    def train(self, mode: bool = True) -> Distillation:
+        super().train(mode)
+        for module in self._frozen:  # batch norm would move its statistics
+            module.eval()
+        return self
+
+    def schedule(self, epoch: float) -> None:
+        """Set what changes over the epochs: piecewise linear between the points."""
+        for name, points in self.config.schedules.items():
+            value = _between(points, epoch)
+            if name.endswith("_weight"):
+                self.weights[name.removesuffix("_weight")] = value
+            else:
+                setattr(self.loss_fn, name, value)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        mixed: tuple[Tensor, float] | None,
+        items: tuple[float, float],
+    ) -> dict[str, Tensor]:
+        """The terms of a batch, of which ``loss`` is minimised; the others are for people.
+
+        Args:
+            index: the numbers of the images in the training set, which a cached teacher goes by.
+            mixed: other labels and the share of the first ones, of images that were mixed.
+            items: by which the sums over images and over labelled images are divided.
+        """
+        logits = self.student(images)
+        if self._teachers == (None,):
+            terms = self._supervised(logits, labels, mixed, items)
+        else:
+            terms = self._distilled(logits, self._teacher(images, index), labels, mixed, items)
+        for kind, compare in (("hint", self._hint), ("attention", self._attention)):
+            if self._taps[kind]:
+                terms[kind] = compare() * (len(images) / items[0])
+                terms["loss"] = terms["loss"] + self.weights[kind] * terms[kind]
+        return terms
+
+    def _teacher(self, images: Tensor, index: Tensor) -> Tensor | TopKTeacher | list[Tensor]:
+        if self.cached is not None:
+            return self.cached[index].to(images.device)
+        logits = self._teachers[0](images)  # type: ignore[misc]
+        return logits[0] if len(logits) == 1 else logits  # type: ignore[no-any-return]
+
+    def _supervised(
+        self, logits: Tensor, labels: Tensor, mixed: tuple[Tensor, float] | None,
+        items: tuple[float, float],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        both = [(labels, 1.0)] if mixed is None else [(labels, mixed[1]), (mixed[0], 1 - mixed[1])]
+        smoothing = self.config.training.label_smoothing
+        sums = [
+            share * F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing,
+                                    ignore_index=UNLABELLED)
+            for y, share in both
+        ]  # fmt: skip
+        return {"loss": torch.stack(sums).sum() / items[1]}
+
+    def _distilled(
+        self, logits: Tensor, teacher: Any, labels: Tensor, mixed: tuple[Tensor, float] | None,
+        items: tuple[float, float],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        extra = {}
+        if self.log_temperature is not None:
+            self.loss_fn.temperature = self.log_temperature.exp()
+            extra["temperature"] = self.log_temperature.exp().detach()
+        if mixed is None:
+            return self.loss_fn(logits, teacher, labels, num_items=items)._asdict() | extra
+        # The loss is linear in the shares of the two labels; the divergence has none of them.
+        terms: dict[str, Tensor] = {}
+        for y, share in ((labels, mixed[1]), (mixed[0], 1 - mixed[1])):
+            weight = torch.full_like(y, share, dtype=torch.float32)
+            one = self.loss_fn(logits, teacher, y, sample_weight=weight, num_items=items)._asdict()
+            terms = {name: terms.get(name, 0) + value for name, value in one.items()}
+        return terms | extra
+
+    def _hint(self) -> Tensor:
+        """Mean squared distance of the projected student's features to the teacher's."""
+        losses = []
+        for (ours, theirs), projection in zip(self._taps["hint"], self.projections, strict=True):
+            student, teacher = projection(ours.output), theirs.output
+            if teacher.dim() == 4 and student.shape != teacher.shape:
+                student = F.adaptive_avg_pool2d(student, teacher.shape[2:])
+            losses.append(F.mse_loss(student.float(), teacher.float()))
+        return torch.stack(losses).sum()
+
+    def _attention(self) -> Tensor:
+        """Mean squared distance of the normalised maps of the features' energy, halved."""
+        losses = []
+        for ours, theirs in self._taps["attention"]:
+            size = theirs.output.shape[2:]
+            maps = [
+                F.normalize(F.adaptive_avg_pool2d(x.float().square().mean(1), size).flatten(1))
+                for x in (ours.output, theirs.output)
+            ]
+            losses.append((maps[0] - maps[1]).square().mean() / 2)
+        return torch.stack(losses).sum()
+
+
+def _between(points: Sequence[tuple[float, float]], epoch: float) -> float:
+    """The value at ``epoch`` of the line through the points, flat before and after them."""
+    before = [(e, v) for e, v in points if e <= epoch]
+    after = [(e, v) for e, v in points if e > epoch]
+    if not before or not after:
+        return (before or after)[-1 if before else 0][1]
+    (e0, v0), (e1, v1) = before[-1], after[0]
+    return v0 + (v1 - v0) * (epoch - e0) / (e1 - e0)
