@@ -11,6 +11,15 @@ import torch
 import kdkernels
 from kdkernels import backends
 
+TRAINER = {
+    "train": "distil a teacher into a student, beside the student alone",
+    "evaluate": "accuracy of a trained model on its test images, or on a folder",
+    "predict": "classes of image files",
+    "export": "a trained model for torch.export and ONNX, checked",
+    "search": "look for temperature, alpha and learning rate on validation images",
+    "models": "the models that are built in",
+}
+
 
 def info() -> None:
     """Print what is available, what is not, and why."""
@@ -26,15 +35,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kdkernels", description=kdkernels.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends can run here, and why others cannot")
-    train = commands.add_parser("train", help="distil on real images: a complete example")
     given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["train"]:  # info must work, and start fast, without the trainer
-        from kdkernels.train import cli
-
-        cli.add_options(train)
-    arguments = parser.parse_args(given)
-    if arguments.command == "train":
-        return cli.run(arguments)
+    for name, text in TRAINER.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        if given[:1] == [name]:  # info must work, and start fast, without the trainer
+            try:
+                from kdkernels.train import cli
+            except ImportError as error:
+                missing = f"{error.name} is not installed: pip install 'kdkernels[train]'"
+                print(f"kdkernels {name}: error: {missing}", file=sys.stderr)
+                return 2
+            cli.add_options(name, command)
+    arguments, unknown = parser.parse_known_args(given)
+    if arguments.command != "info":
+        return cli.run(arguments.command, arguments, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     info()
     return 0
 

@@ -1,18 +1,15 @@
-"""``kdkernels train``: a teacher, a student alone and the same student distilled, on real images.
+"""``kdkernels train``: from a teacher, a student and images to a better student.
 
-``cli`` has the options, ``compare`` the experiment, ``trainer`` the loop that every run shares,
-``data`` and ``models`` what goes into it, ``checkpoints``, ``plots`` and ``progress`` what comes
-out. Only this package needs scikit-learn, matplotlib and rich: ``pip install 'kdkernels[train]'``.
+``config`` has the options, ``data`` and ``augment`` the images, ``models`` what is trained,
+``distill`` what is minimised, ``trainer`` the loop, ``evaluation`` how good it is, ``checkpoints``
+what survives, ``callbacks`` who is told, ``experiment`` the runs and their controls, ``report``
+what they come to; ``export``, ``search`` and ``cli`` the commands. Only this package needs the
+extra ``train``.
 """
 
+from kdkernels.train.callbacks import Callback
+from kdkernels.train.config import Config
+from kdkernels.train.evaluation import evaluate
+from kdkernels.train.trainer import Result, Trainer
 
-class TrainError(Exception):
-    """A failure that the user is told in one line, without a traceback."""
-
-    exit_code = 1
-
-
-class SetupError(TrainError):
-    """Nothing was trained: an option, a missing package or the run folder is in the way."""
-
-    exit_code = 2
+__all__ = ["Callback", "Config", "Result", "Trainer", "evaluate"]

@@ -13,7 +13,7 @@ from kdkernels.train.errors import require
 
 
 def pipeline(config: Augment, channels: int) -> Callable[[Tensor], Tensor]:
-    """What is asked of ``crop``, ``flip``, ``rotation``, ``color`` and ``randaugment``, in a row."""
+    """What is asked of ``crop``, ``flip``, ``rotation``, ``color``, ``randaugment``, in a row."""
     steps: list[Callable[[Tensor], Tensor]] = []
     if config.crop:
         steps.append(lambda images: shift(images, config.crop))
@@ -27,7 +27,10 @@ def pipeline(config: Augment, channels: int) -> Callable[[Tensor], Tensor]:
             more = (config.color, config.color / 2) if channels == 3 else (0.0, 0.0)
             steps.append(kornia.ColorJiggle(config.color, config.color, *more))
         if config.randaugment:
-            steps.append(_in_rgb(kornia.auto.RandAugment(n=2, m=config.randaugment), channels))
+            random = kornia.auto.RandAugment(n=2, m=config.randaugment)
+            # Some of its operations are of colours: grey images pass as RGB.
+            grey = lambda images: random(images.expand(-1, 3, -1, -1)).mean(1, keepdim=True)  # noqa: E731
+            steps.append(random if channels == 3 else grey)
 
     def augmented(images: Tensor) -> Tensor:
         for step in steps:
@@ -35,13 +38,6 @@ def pipeline(config: Augment, channels: int) -> Callable[[Tensor], Tensor]:
         return images
 
     return augmented
-
-
-def _in_rgb(step: Callable[[Tensor], Tensor], channels: int) -> Callable[[Tensor], Tensor]:
-    """For operations on colours: grey images are shown as RGB and averaged again."""
-    if channels == 3:
-        return step
-    return lambda images: step(images.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
 
 
 def shift(images: Tensor, pixels: int) -> Tensor:

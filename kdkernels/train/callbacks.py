@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class Callback:
     """Override what is of interest; the trainer itself may be looked at, and changed.
 
-    ``record`` holds numbers by name: ``step``, ``epoch``, and the terms of the loss and the learning
-    rate after a step, or ``validation_loss`` and ``validation_accuracy`` after an epoch. What
-    ``state_dict`` returns is kept in checkpoints; plain data and tensors only.
+    ``record`` holds numbers by name: ``step``, ``epoch``, and after a step the terms of the loss
+    and the learning rate, after an epoch ``validation_loss`` and ``validation_accuracy``. What
+    ``state_dict`` returns is kept in checkpoints: plain data and tensors. ``close`` follows every
+    ``start``.
     """
 
     def start(self, trainer: Trainer) -> None: ...
@@ -43,29 +44,24 @@ class JsonLines(Callback):
         self.path, self.size = path, 0
 
     def start(self, trainer: Trainer) -> None:
-        self.every = trainer.options.log_every
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b")
-            self.file.truncate(self.size)  # lines of steps that come again
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written: {error.strerror}") from error
+        self._write(b"")
 
     def step(self, trainer: Trainer, record: dict[str, Any], images_per_second: float) -> None:
-        if record["step"] % self.every == 0:
+        if record["step"] % trainer.options.log_every == 0:
             self.epoch(trainer, record)
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._write((json.dumps(record) + "\n").encode())
+
+    def _write(self, line: bytes) -> None:
         try:
-            self.file.write((json.dumps(record) + "\n").encode())
-            self.file.flush()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(self.size)  # lines of steps that come again
+                file.write(line)
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror}") from error
-        self.size = self.file.tell()
-
-    def close(self) -> None:
-        if hasattr(self, "file"):
-            self.file.close()
+        self.size += len(line)
 
     def state_dict(self) -> dict[str, Any]:
         return {"size": self.size}
@@ -75,7 +71,7 @@ class JsonLines(Callback):
 
 
 class TensorBoard(Callback):
-    """Scalars for ``tensorboard --logdir``."""
+    """Scalars for ``tensorboard --logdir``, by the numbers of the steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,16 +87,14 @@ class TensorBoard(Callback):
             self.epoch(trainer, {**record, "images_per_second": images_per_second})
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name not in ("step", "epoch"):
-                self.writer.add_scalar(name, value, record["step"])
+        for name in record.keys() - {"step", "epoch"}:
+            self.writer.add_scalar(name, record[name], record["step"])
 
     def close(self) -> None:
-        if hasattr(self, "writer"):
-            self.writer.close()
+        self.writer.close()
 
 
-class Wandb(Callback):
+class Wandb(TensorBoard):
     """The same for Weights & Biases."""
 
     def __init__(self, project: str, name: str, folder: Path) -> None:
@@ -110,16 +104,11 @@ class Wandb(Callback):
     def start(self, trainer: Trainer) -> None:
         self.run = self.wandb.init(config=trainer.config.model_dump(), **self.options)
 
-    def step(self, trainer: Trainer, record: dict[str, Any], images_per_second: float) -> None:
-        if record["step"] % trainer.options.log_every == 0:
-            self.run.log({**record, "images_per_second": images_per_second}, step=record["step"])
-
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         self.run.log(record, step=record["step"])
 
     def close(self) -> None:
-        if hasattr(self, "run"):
-            self.run.finish()
+        self.run.finish()
 
 
 def _shown(record: dict[str, Any]) -> str:

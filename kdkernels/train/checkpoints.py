@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
 def random_states() -> dict[str, Any]:
     """The state of every generator that a step may draw from."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    name, keys, *rest = require("numpy.random", "numpy", "train").get_state()
+    name, keys, *rest = np.random.get_state()
     states["numpy"] = (name, keys.tolist(), *rest)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -112,7 +113,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
-    require("numpy.random", "numpy", "train").set_state(states["numpy"])
+    np.random.set_state(states["numpy"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
 
@@ -120,7 +121,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
     """Write the weights as safetensors, with ``about`` (plain data) in the file's header.
 
-    ``load_model`` needs of it ``name``, ``options``, ``classes``, ``channels``, ``mean``, ``std``.
+    ``load_model`` needs of it ``name``, ``options``, ``classes``, ``shape``, ``mean``, ``std``.
     """
     weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     save = require("safetensors.torch", "safetensors", "train").save
@@ -132,6 +133,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
@@ -158,6 +161,6 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise SetupError(f"{path} was not written by kdkernels train") from error
     except Exception as error:  # FileNotFoundError, or safetensors' own
         raise SetupError(f"{path} cannot be read: {error}") from error
-    model = build(about["name"], len(about["classes"]), about["channels"], about["options"])
+    model = build(about["name"], len(about["classes"]), about["shape"][0], about["options"])
     load_weights(model, path)
     return nn.Sequential(Normalize(about["mean"], about["std"]), model).eval(), about

@@ -17,27 +17,17 @@ from kdkernels.train.config import Config, Data, dumps, load, options, parse
 from kdkernels.train.data import load as load_data
 from kdkernels.train.data import read_folder, read_image, to_float
 from kdkernels.train.errors import SetupError, TrainError, nearest
+from kdkernels.train.evaluation import evaluate
 from kdkernels.train.experiment import Experiment
 from kdkernels.train.export import export
-from kdkernels.train.models import MODELS
+from kdkernels.train.models import MODELS, build
 from kdkernels.train.report import table, write_report
 from kdkernels.train.search import search
-from kdkernels.train.trainer import evaluate
-
-COMMANDS = {
-    "train": "distil a teacher into a student, beside the student alone",
-    "evaluate": "accuracy of a trained model on its test images, or on a folder",
-    "predict": "classes of image files",
-    "export": "a trained model for torch.export and ONNX, checked",
-    "search": "look for temperature, alpha and learning rate",
-    "models": "the models that are built in",
-}
 
 
 def add_options(command: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of a command to its parser."""
     parser.usage = "%(prog)s [options]"  # argparse prints it above every error: keep it one line
-    parser.description = COMMANDS[command]
     if command in ("train", "search"):
         parser.add_argument(
             "--config", type=Path, metavar="FILE", help="TOML file with any of these"
@@ -45,10 +35,7 @@ def add_options(command: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--out", type=Path, metavar="DIR", help="folder, new or empty (runs/...)"
         )
-        where = parser
         for name, (annotation, text) in options().items():
-            if "." in name and not where.title.startswith(name.split(".")[0]):  # type: ignore[union-attr]
-                pass
             flag = {"nargs": "?", "const": "true"} if annotation is bool else {}
             text = text.replace("%", "%%")
             parser.add_argument(f"--{name}", metavar="VALUE", help=text, **flag)  # type: ignore[arg-type]
@@ -150,7 +137,8 @@ def _evaluate(given: argparse.Namespace) -> None:
     if given.folder is None:
         images = load_data(Data(**about["data"])).test
     else:
-        images = read_folder(given.folder, about["classes"], about["shape"])
+        channels, height, width = about["shape"]
+        images = read_folder(given.folder, about["classes"], channels, (width, height))
     found = evaluate(model, images)
     print(f"accuracy {found.accuracy:.2%}  cross entropy {found.loss:.4f}  {len(images)} images")
 
@@ -180,14 +168,14 @@ def _search(given: argparse.Namespace) -> None:
     config = _configuration(given)
     folder = given.out or Path("runs", f"search-{config.data.name}")
     best = search(config, given.trials, folder)
-    loss = best.loss
-    print(f"best: temperature {loss['temperature']:.4g}, alpha {loss['alpha']:.4g}, learning rate "
-          f"{best.training.learning_rate:.4g}\nkdkernels train --config {folder / 'best.toml'}")  # fmt: skip
+    print(f"best: temperature {best.loss['temperature']:.4g}, alpha {best.loss['alpha']:.4g}, "
+          f"learning rate {best.training.learning_rate:.4g}\n"
+          f"kdkernels train --config {folder / 'best.toml'}")  # fmt: skip
 
 
 def _models(given: argparse.Namespace) -> None:
-    for name, function in MODELS.items():
-        model = function(classes=10, channels=1)
+    for name in MODELS:
+        model = build(name, 10, 1, {})
         print(
             f"{name:<14} {sum(p.numel() for p in model.parameters()):>10,} parameters, 10 classes"
         )

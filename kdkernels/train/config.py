@@ -83,7 +83,7 @@ class Model(Section):
 
 
 class Student(Model):
-    name: str = "mobilenet"
+    name: str = "mobilenet1"
     options: dict[str, Any] = {"stem_stride": 2}
     freeze: list[str] = option([], "modules to keep as they are, as paths or globs: stages.0.*")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -77,68 +78,65 @@ SOURCES: dict[str, Callable[[], tuple[Images, list[str]]]] = {
 }
 
 
-def read_image(path: Path, channels: int, size: int) -> Tensor:
+def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tensor:
     """An image file as (channels, H, W): uint8, or float32 in [0, 1] if it has 16 bits.
 
     Raises:
         ValueError: the file is no image, or only a part of one.
     """
-    numpy, image_module = (
-        require("numpy", "numpy", "train"),
-        require("PIL.Image", "pillow", "train"),
-    )
+    pil = require("PIL.Image", "pillow", "train")
     try:
-        with image_module.open(path) as image:
+        with pil.open(path) as image:
             image.load()
-            if image.mode.startswith(("I", "F")):  # 16 bits, which convert() would cut off
-                values = numpy.asarray(image, dtype="float32") / 65535
-                image = image_module.fromarray(values.clip(0, 1))
+            if image.mode[0] in "IF":  # 16 bits, which convert() would cut off
+                values = np.asarray(image, dtype="float32") / 65535
+                image = pil.fromarray(values.clip(0, 1))
             else:
-                grey = channels == 1 or (channels == 0 and image.mode in ("1", "L", "LA"))
-                image = image.convert("L" if grey else "RGB")
-            if size:
-                image = image.resize((size, size), image_module.Resampling.BILINEAR)
-            pixels = torch.from_numpy(numpy.array(image))
-    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+                is_grey = channels == 1 or (channels == 0 and image.mode in ("1", "L", "LA"))
+                image = image.convert("L" if is_grey else "RGB")
+            if size is not None:
+                image = image.resize(size, pil.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(image))
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         raise ValueError(f"{path} is no image that can be read: {error}") from error
     pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return pixels.expand(3, -1, -1) if channels == 3 and len(pixels) == 1 else pixels
 
 
-def _read_folder(
-    folder: Path, classes: list[str], config: Data, say: Callable[[str], None]
-) -> Images:
-    """All images below ``folder``/CLASS; what cannot be read is fatal, or said and left out."""
+def read_folder(
+    folder: Path, classes: list[str], channels: int, size: tuple[int, int] | None,
+    skip: Callable[[str], None] | None = None,
+) -> Images:  # fmt: skip
+    """All images below ``folder``/CLASS; what cannot be read is told to ``skip``, or fatal."""
     files = [(file, label) for label, name in enumerate(classes)
              for file in sorted((folder / name).rglob("*")) if _is_file(file)]  # fmt: skip
 
-    def read(file: Path) -> Tensor | ValueError:
+    def read(file: Path) -> Tensor | str:
         try:
-            return read_image(file, config.channels, config.size)
+            return read_image(file, channels, size)
         except ValueError as error:
-            return error
+            return str(error)
 
     with ThreadPoolExecutor() as pool:
-        results = list(zip(files, pool.map(read, [file for file, _ in files]), strict=True))
-    wrong = [str(result) for _, result in results if isinstance(result, ValueError)]
-    if wrong and config.corrupt == "error":
+        results = list(pool.map(read, [file for file, _ in files]))
+    wrong = [result for result in results if isinstance(result, str)]
+    if wrong and skip is None:
         raise SetupError("\n".join([*wrong[:10], "data.corrupt=skip leaves such files out"]))
     for message in wrong:
-        say(f"left out: {message}")
-    good = [(file, label, r) for (file, label), r in results if isinstance(r, Tensor)]
+        skip(f"left out: {message}")  # type: ignore[misc]
+    good = [(r, *f) for r, f in zip(results, files, strict=True) if isinstance(r, Tensor)]
     if not good:
-        raise SetupError(f"no image in {folder}")
-    first = good[0][2]
-    for file, _, pixels in good:
-        if pixels.shape != first.shape:
+        raise SetupError(f"no image of {', '.join(classes[:3])} ... in {folder}")
+    for pixels, file, _ in good:
+        if pixels.shape != good[0][0].shape:
             raise SetupError(
-                f"{file} is {tuple(pixels.shape)} and {good[0][0]} {tuple(first.shape)} (channels, "
-                f"height, width): set data.size and data.channels"
+                f"{file} is {tuple(pixels.shape)} and {good[0][1]} {tuple(good[0][0].shape)} "
+                "(channels, height, width): set data.size and data.channels"
             )
-    if len({pixels.dtype for _, _, pixels in good}) > 1:
-        good = [(file, label, to_float(pixels)) for file, label, pixels in good]
-    labels = torch.tensor([label for _, label, _ in good])
-    return Images(torch.stack([pixels for _, _, pixels in good]), labels)
+    images = [pixels for pixels, _, _ in good]
+    if len({pixels.dtype for pixels in images}) > 1:
+        images = [to_float(pixels) for pixels in images]
+    return Images(torch.stack(images), torch.tensor([label for _, _, label in good]))
 
 
 def _is_file(path: Path) -> bool:
@@ -161,57 +159,43 @@ def load(config: Data, say: Callable[[str], None] = print) -> Splits:
     Raises:
         SetupError: no images, unreadable ones, too few of a class to split, a package is missing.
     """
-    if config.name == "folder" and not config.folder:
-        raise SetupError("data.name=folder needs data.folder")
     folder = Path(config.folder)
-    if config.name == "folder" and (folder / "train").is_dir():
+    size = (config.size, config.size) if config.size else None
+    how = (config.channels, size, say if config.corrupt == "skip" else None)
+    if config.name != "folder":
+        everything, classes = SOURCES[config.name]()
+        parts = _split(everything, config)
+    elif not config.folder:
+        raise SetupError("data.name=folder needs data.folder")
+    elif (folder / "train").is_dir():
         classes = _class_names(folder / "train")
-        parts = [
-            _read_folder(folder / part, classes, config, say) for part in ("train", "val", "test")
-        ]
-        if len({(p.images.shape[1:]) for p in parts}) > 1:
+        parts = [read_folder(folder / part, classes, *how) for part in ("train", "val", "test")]
+        if len({part.images.shape[1:] for part in parts}) > 1:
             raise SetupError("train, val and test differ in shape: set data.size and data.channels")
     else:
-        if config.name == "folder":
-            classes = _class_names(folder)
-            everything = _read_folder(folder, classes, config, say)
-        else:
-            everything, classes = SOURCES[config.name]()
-        parts = _split(everything, config)
-    mean, std = _statistics(parts[0].images, config)
-    return Splits(*parts, classes, mean, std)
+        classes = _class_names(folder)
+        parts = _split(read_folder(folder, classes, *how), config)
+    pixels = to_float(parts[0].images)
+    mean = config.mean or pixels.mean((0, 2, 3)).tolist()
+    std = config.std or pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
+    if {len(mean), len(std)} != {pixels.shape[1]}:
+        raise SetupError(f"data.mean and data.std need {pixels.shape[1]} values, one per channel")
+    train, validation, test = parts
+    return Splits(train, validation, test, classes, mean, std)
 
 
 def _split(everything: Images, config: Data) -> list[Images]:
     """Disjoint, stratified training, validation and test images, the same every time."""
     split = require("sklearn.model_selection", "scikit-learn", "train").train_test_split
-    index, parts = list(range(len(everything))), []
-    try:
-        for share in (config.test, config.validation):
-            count = max(1, round(share * len(everything)))
-            index, part = split(
-                index, test_size=count, random_state=config.split_seed,
-                stratify=everything.labels[index].numpy(),
-            )  # fmt: skip
-            parts.append(part)
-    except ValueError as error:
-        raise SetupError(f"the images cannot be split: {error}") from error
-    return [everything.at(torch.tensor(part)) for part in (index, parts[1], parts[0])]
-
-
-def _statistics(images: Tensor, config: Data) -> tuple[list[float], list[float]]:
-    channels = images.shape[1]
-    for name, given in (("mean", config.mean), ("std", config.std)):
-        if given and len(given) != channels:
-            raise SetupError(f"data.{name} needs {channels} values, one per channel, got {given}")
-    mean = images.new_zeros(channels, dtype=torch.float64)
-    square = mean.clone()
-    for part in images.split(4096):
-        pixels = to_float(part).double()
-        mean += pixels.mean((2, 3)).sum(0) / len(images)
-        square += pixels.square().mean((2, 3)).sum(0) / len(images)
-    std = (square - mean.square()).clamp_min(1e-6).sqrt()
-    return config.mean or mean.tolist(), config.std or std.tolist()
+    rest, parts = list(range(len(everything))), []
+    for share in (config.test, config.validation):
+        how = {"random_state": config.split_seed, "stratify": everything.labels[rest].numpy()}
+        try:
+            rest, part = split(rest, test_size=max(1, round(share * len(everything))), **how)
+        except ValueError as error:
+            raise SetupError(f"the images cannot be split: {error}") from error
+        parts.append(part)
+    return [everything.at(torch.tensor(part)) for part in (rest, parts[1], parts[0])]
 
 
 def hide_labels(images: Images, labelled: int, seed: int) -> Images:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from kdkernels.train.config import Config, make_loss
 from kdkernels.train.data import UNLABELLED
 from kdkernels.train.errors import SetupError, nearest
 from kdkernels.train.models import matching
+
+Mixed = tuple[Tensor, float] | None
+Items = tuple[float, float] | None
 
 
 class Teachers(nn.Module):
@@ -94,23 +99,21 @@ class Distillation(nn.Module):
     def _look_inside(self, student: nn.Module, teachers: Teachers, example: Tensor) -> None:
         distill = self.config.distill
         for kind, pairs in (("hint", distill.hints), ("attention", distill.attention)):
-            for ours, theirs in pairs.items():
-                tapped = (_Tap(student, ours), _Tap(teachers.models[0], theirs))
+            for path, their_path in pairs.items():
+                tapped = (_Tap(student, path), _Tap(teachers.models[0], their_path))
                 self._taps[kind].append(tapped)
-        if not any(self._taps.values()):
-            return
         with torch.no_grad():
             student.eval()(example)
             teachers(example)
-        for ours, theirs in self._taps["hint"]:
-            if ours.output.dim() != theirs.output.dim():
-                raise SetupError(f"hint {ours.path}: an image and a vector cannot be compared")
-            sizes = ours.output.shape[1], theirs.output.shape[1]
-            is_image = ours.output.dim() == 4
-            self.projections.append(nn.Conv2d(*sizes, 1) if is_image else nn.Linear(*sizes))
-        for ours, theirs in self._taps["attention"]:
-            if (ours.output.dim(), theirs.output.dim()) != (4, 4):
-                raise SetupError(f"attention {ours.path}: both outputs must be (N, C, H, W)")
+        for kind, taps in self._taps.items():
+            for ours, theirs in taps:
+                dims = {ours.output.dim(), theirs.output.dim()}
+                if dims != {4} and (kind == "attention" or dims != {2}):
+                    raise SetupError(f"{kind} {ours.path}: both outputs must be (N, C, H, W)")
+                if kind == "hint":
+                    sizes = ours.output.shape[1], theirs.output.shape[1]
+                    projection = nn.Conv2d(*sizes, 1) if dims == {4} else nn.Linear(*sizes)
+                    self.projections.append(projection)
 
     def train(self, mode: bool = True) -> Distillation:
         super().train(mode)
@@ -121,7 +124,7 @@ class Distillation(nn.Module):
     def schedule(self, epoch: float) -> None:
         """Set what changes over the epochs: piecewise linear between the points."""
         for name, points in self.config.schedules.items():
-            value = _between(points, epoch)
+            value = float(np.interp(epoch, *zip(*points, strict=True)))
             if name.endswith("_weight"):
                 self.weights[name.removesuffix("_weight")] = value
             else:
@@ -132,24 +135,25 @@ class Distillation(nn.Module):
         images: Tensor,
         labels: Tensor,
         index: Tensor,
-        mixed: tuple[Tensor, float] | None,
-        items: tuple[float, float],
+        mixed: Mixed = None,
+        items: Items = None,
     ) -> dict[str, Tensor]:
         """The terms of a batch, of which ``loss`` is minimised; the others are for people.
 
         Args:
             index: the numbers of the images in the training set, which a cached teacher goes by.
             mixed: other labels and the share of the first ones, of images that were mixed.
-            items: by which the sums over images and over labelled images are divided.
+            items: by which the sums over images and over labelled images are divided, if not by
+                those of this batch.
         """
         logits = self.student(images)
-        if self._teachers == (None,):
+        if self._teachers[0] is None:
             terms = self._supervised(logits, labels, mixed, items)
         else:
             terms = self._distilled(logits, self._teacher(images, index), labels, mixed, items)
         for kind, compare in (("hint", self._hint), ("attention", self._attention)):
             if self._taps[kind]:
-                terms[kind] = compare() * (len(images) / items[0])
+                terms[kind] = compare() * (len(images) / items[0] if items else 1.0)
                 terms["loss"] = terms["loss"] + self.weights[kind] * terms[kind]
         return terms
 
@@ -160,43 +164,43 @@ class Distillation(nn.Module):
         return logits[0] if len(logits) == 1 else logits  # type: ignore[no-any-return]
 
     def _supervised(
-        self, logits: Tensor, labels: Tensor, mixed: tuple[Tensor, float] | None,
-        items: tuple[float, float],
-    ) -> dict[str, Tensor]:  # fmt: skip
-        both = [(labels, 1.0)] if mixed is None else [(labels, mixed[1]), (mixed[0], 1 - mixed[1])]
-        smoothing = self.config.training.label_smoothing
-        sums = [
-            share * F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing,
-                                    ignore_index=UNLABELLED)
-            for y, share in both
-        ]  # fmt: skip
-        return {"loss": torch.stack(sums).sum() / items[1]}
+        self, logits: Tensor, labels: Tensor, mixed: Mixed, items: Items
+    ) -> dict[str, Tensor]:
+        labelled = items[1] if items else max(1, int((labels != UNLABELLED).sum()))
+        cross_entropy = partial(
+            F.cross_entropy, logits.float(), reduction="sum", ignore_index=UNLABELLED,
+            label_smoothing=self.config.training.label_smoothing,
+        )  # fmt: skip
+        if mixed is None:
+            return {"loss": cross_entropy(labels) / labelled}
+        both = mixed[1] * cross_entropy(labels) + (1 - mixed[1]) * cross_entropy(mixed[0])
+        return {"loss": both / labelled}
 
     def _distilled(
-        self, logits: Tensor, teacher: Any, labels: Tensor, mixed: tuple[Tensor, float] | None,
-        items: tuple[float, float],
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self, logits: Tensor, teacher: Any, labels: Tensor, mixed: Mixed, items: Items
+    ) -> dict[str, Tensor]:
         extra = {}
         if self.log_temperature is not None:
             self.loss_fn.temperature = self.log_temperature.exp()
             extra["temperature"] = self.log_temperature.exp().detach()
         if mixed is None:
-            return self.loss_fn(logits, teacher, labels, num_items=items)._asdict() | extra
+            loss = self.loss_fn(logits, teacher, labels, num_items=items)
+            return {**loss._asdict(), **extra}
         # The loss is linear in the shares of the two labels; the divergence has none of them.
-        terms: dict[str, Tensor] = {}
+        terms = []
         for y, share in ((labels, mixed[1]), (mixed[0], 1 - mixed[1])):
             weight = torch.full_like(y, share, dtype=torch.float32)
-            one = self.loss_fn(logits, teacher, y, sample_weight=weight, num_items=items)._asdict()
-            terms = {name: terms.get(name, 0) + value for name, value in one.items()}
-        return terms | extra
+            loss = self.loss_fn(logits, teacher, y, sample_weight=weight, num_items=items)
+            terms.append(loss._asdict())
+        return {name: terms[0][name] + terms[1][name] for name in terms[0]} | extra
 
     def _hint(self) -> Tensor:
         """Mean squared distance of the projected student's features to the teacher's."""
         losses = []
         for (ours, theirs), projection in zip(self._taps["hint"], self.projections, strict=True):
             student, teacher = projection(ours.output), theirs.output
-            if teacher.dim() == 4 and student.shape != teacher.shape:
-                student = F.adaptive_avg_pool2d(student, teacher.shape[2:])
+            if teacher.dim() == 4:
+                student = _as_large_as(teacher, student)
             losses.append(F.mse_loss(student.float(), teacher.float()))
         return torch.stack(losses).sum()
 
@@ -204,20 +208,12 @@ class Distillation(nn.Module):
         """Mean squared distance of the normalised maps of the features' energy, halved."""
         losses = []
         for ours, theirs in self._taps["attention"]:
-            size = theirs.output.shape[2:]
-            maps = [
-                F.normalize(F.adaptive_avg_pool2d(x.float().square().mean(1), size).flatten(1))
-                for x in (ours.output, theirs.output)
-            ]
+            energies = [x.float().square().mean(1) for x in (ours.output, theirs.output)]
+            maps = [F.normalize(_as_large_as(theirs.output, e).flatten(1)) for e in energies]
             losses.append((maps[0] - maps[1]).square().mean() / 2)
         return torch.stack(losses).sum()
 
 
-def _between(points: Sequence[tuple[float, float]], epoch: float) -> float:
-    """The value at ``epoch`` of the line through the points, flat before and after them."""
-    before = [(e, v) for e, v in points if e <= epoch]
-    after = [(e, v) for e, v in points if e > epoch]
-    if not before or not after:
-        return (before or after)[-1 if before else 0][1]
-    (e0, v0), (e1, v1) = before[-1], after[0]
-    return v0 + (v1 - v0) * (epoch - e0) / (e1 - e0)
+def _as_large_as(image: Tensor, other: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    return F.adaptive_avg_pool2d(other, (height, width))

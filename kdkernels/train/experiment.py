@@ -26,8 +26,9 @@ from kdkernels.train.checkpoints import Normalize, save_model, write
 from kdkernels.train.config import Config, Distill, Model, Student
 from kdkernels.train.data import UNLABELLED, Images, Splits, batches, hide_labels, load
 from kdkernels.train.errors import require
+from kdkernels.train.evaluation import evaluate
 from kdkernels.train.models import build, load_weights
-from kdkernels.train.trainer import Trainer, evaluate, seed_everything
+from kdkernels.train.trainer import Trainer, seed_everything
 
 SMOOTHING = 0.1  # of the student "smoothed", unless training.label_smoothing says another
 
@@ -159,7 +160,7 @@ class Experiment:
         return [*found, Progress(name, self.say)]
 
     def cached(self, seed: int, teacher: nn.Module) -> torch.Tensor | TopKTeacher:
-        """The teacher's logits of the training images, computed once and kept in the run's folder."""
+        """The teacher's logits of the training images, computed once and kept in the folder."""
         path = self.folder / f"seed{seed}" / "teacher-logits.safetensors"
         options, safetensors = (
             self.config.teacher,

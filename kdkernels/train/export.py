@@ -22,7 +22,7 @@ def export(model: nn.Module, shape: list[int], folder: Path) -> dict[str, float]
         The largest difference to PyTorch's logits of each, relative to the largest of these.
 
     Raises:
-        TrainError: a difference is above 1e-4; SetupError: onnx, onnxscript or onnxruntime is missing.
+        TrainError: a difference is above 1e-4. SetupError: a package is missing.
     """
     onnxruntime = require("onnxruntime", "onnxruntime", "export")
     require("onnxscript", "onnxscript", "export")

@@ -1,8 +1,4 @@
-"""Small ResNets, MobileNets and ShuffleNets, models of timm and Transformers, and their weights.
-
-All built in take (N, channels, H, W) images of any size to (N, classes) logits. ``stem_stride=2``
-makes 28x28 pixels a quarter of the work; ``dropout`` is before the last layer.
-"""
+"""Small ResNets, MobileNets and ShuffleNets, models of timm and Transformers, and their weights."""
 
 from __future__ import annotations
 
@@ -19,6 +15,8 @@ from torch import Tensor, nn
 
 from kdkernels.train.errors import SetupError, nearest, require
 
+Body = tuple[int, list[nn.Module], int]  # channels of the stem, stages, channels after them
+
 
 def _conv_bn(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True
@@ -26,19 +24,6 @@ def _conv_bn(
     # No bias: batch norm subtracts it again.
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), *[nn.ReLU()] * relu)
-
-
-def _classifier(
-    classes: int, channels: int, stem: tuple[int, int], stages: list[nn.Module], width: int,
-    dropout: float,
-) -> nn.Module:  # fmt: skip
-    parts = {
-        "stem": _conv_bn(channels, stem[0], 3, stem[1]),
-        "stages": nn.Sequential(*stages),
-        "pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)),
-        "head": nn.Linear(width, classes),
-    }
-    return nn.Sequential(OrderedDict(parts))
 
 
 class _Residual(nn.Module):
@@ -50,83 +35,17 @@ class _Residual(nn.Module):
         self.body = nn.Sequential(_conv_bn(inputs, outputs, 3, stride), second)
         projection = _conv_bn(inputs, outputs, 1, stride, relu=False)
         self.shortcut = nn.Identity() if inputs == outputs and stride == 1 else projection
-        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.relu(self.body(x) + self.shortcut(x))
-        return out
+        return torch.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet(
-    classes: int, channels: int, depth: int = 8, width: int = 16, stem_stride: int = 1,
-    dropout: float = 0.0,
-) -> nn.Module:  # fmt: skip
-    """ResNet for small images, of 6 n + 2 layers (He et al. 2016, arXiv:1512.03385)."""
-    n, rest = divmod(depth - 2, 6)
-    if n < 1 or rest:
-        raise ValueError(f"depth must be 8, 14, 20, ..., got {depth}")
-    stages: list[nn.Module] = []
-    inputs = width
-    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        blocks = [_Residual(inputs, outputs, stride)]
-        stages.append(
-            nn.Sequential(*blocks, *(_Residual(outputs, outputs, 1) for _ in range(n - 1)))
-        )
-        inputs = outputs
-    return _classifier(classes, channels, (width, stem_stride), stages, inputs, dropout)
+class _Separable(nn.Sequential):
+    """A 3x3 convolution per channel, then a 1x1 across them."""
 
-
-def mobilenet(
-    classes: int, channels: int, width: int = 32, depth: int = 1, stem_stride: int = 1,
-    dropout: float = 0.0,
-) -> nn.Module:  # fmt: skip
-    """MobileNet: 3x3 convolutions per channel, then 1x1 (Howard et al. 2017, arXiv:1704.04861)."""
-    stages: list[nn.Module] = []
-    inputs = width
-    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        blocks = []
-        for s in (stride, *[1] * (depth - 1)):
-            blocks += [_conv_bn(inputs, inputs, 3, s, groups=inputs), _conv_bn(inputs, outputs, 1)]
-            inputs = outputs
-        stages.append(nn.Sequential(*blocks))
-    return _classifier(classes, channels, (width, stem_stride), stages, inputs, dropout)
-
-
-class _Inverted(nn.Module):
-    """Widen, convolve per channel, narrow; a shortcut where the shapes agree."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        inner = inputs * expansion
-        widen = [_conv_bn(inputs, inner, 1)] if expansion > 1 else []
-        depthwise = _conv_bn(inner, inner, 3, stride, groups=inner)
-        self.body = nn.Sequential(*widen, depthwise, _conv_bn(inner, outputs, 1, relu=False))
-        self.has_shortcut = inputs == outputs and stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x)
-        return x + out if self.has_shortcut else out
-
-
-def mobilenetv2(
-    classes: int, channels: int, width: float = 0.5, expansion: int = 6, stem_stride: int = 1,
-    dropout: float = 0.0,
-) -> nn.Module:  # fmt: skip
-    """MobileNetV2 with a stem for small images (Sandler et al. 2018, arXiv:1801.04381)."""
-    stages: list[nn.Module] = []
-    inputs = stem = max(8, int(32 * width))
-    # Width, blocks and stride of the first of them, as in the paper's table 2.
-    table = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
-    for i, (outputs, n, stride) in enumerate(table):
-        outputs = max(8, int(outputs * width))
-        blocks = []
-        for s in (stride, *[1] * (n - 1)):
-            blocks.append(_Inverted(inputs, outputs, s, expansion if i else 1))
-            inputs = outputs
-        stages.append(nn.Sequential(*blocks))
-    last = int(1280 * max(1.0, width))
-    stages.append(_conv_bn(inputs, last, 1))
-    return _classifier(classes, channels, (stem, stem_stride), stages, last, dropout)
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        depthwise = _conv_bn(inputs, inputs, 3, stride, groups=inputs)
+        super().__init__(depthwise, _conv_bn(inputs, outputs, 1))
 
 
 class _Shuffled(nn.Module):
@@ -134,43 +53,77 @@ class _Shuffled(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        half = outputs // 2
-        taken = inputs if stride > 1 else inputs // 2
+        half, taken = outputs // 2, inputs if stride > 1 else inputs // 2
         depthwise = partial(_conv_bn, kernel=3, stride=stride, relu=False)
-        self.body = nn.Sequential(
-            _conv_bn(taken, half, 1), depthwise(half, half, groups=half), _conv_bn(half, half, 1)
-        )
+        middle = depthwise(half, half, groups=half)
+        self.body = nn.Sequential(_conv_bn(taken, half, 1), middle, _conv_bn(half, half, 1))
         side = (depthwise(inputs, inputs, groups=inputs), _conv_bn(inputs, half, 1))
         self.side = nn.Sequential(*side) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         passed, taken = (self.side(x), x) if self.side is not None else x.chunk(2, 1)
-        both = torch.stack([passed, self.body(taken)], 2)
-        return both.flatten(1, 2)
+        return torch.stack([passed, self.body(taken)], 2).flatten(1, 2)
 
 
-def shufflenetv2(
-    classes: int, channels: int, width: float = 0.5, stem_stride: int = 1, dropout: float = 0.0
-) -> nn.Module:
-    """ShuffleNetV2 with a stem for small images (Ma et al. 2018, arXiv:1807.11164)."""
+def _stages(
+    block: type[nn.Module], inputs: int, table: tuple[tuple[int, int, int], ...]
+) -> list[nn.Module]:
+    """A stage for each (channels, blocks, stride of the first block)."""
     stages: list[nn.Module] = []
-    inputs = 24
-    for outputs, n in ((116, 4), (232, 8), (464, 4)):
-        outputs = 2 * max(4, int(outputs * width / 2))
-        rest = [_Shuffled(outputs, outputs, 1) for _ in range(n - 1)]
-        stages.append(nn.Sequential(_Shuffled(inputs, outputs, 2), *rest))
+    for outputs, blocks, stride in table:
+        rest = [block(outputs, outputs, 1) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(block(inputs, outputs, stride), *rest))
         inputs = outputs
-    stages.append(_conv_bn(inputs, 1024, 1))
-    return _classifier(classes, channels, (24, stem_stride), stages, 1024, dropout)
+    return stages
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(resnet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(resnet, depth=depth, width=64) for depth in (8, 14, 20, 32)},
-    "mobilenet": mobilenet,
-    "mobilenetv2": mobilenetv2,
-    "shufflenetv2": shufflenetv2,
+def resnet(depth: int = 8, width: int = 16) -> Body:
+    """ResNet for small images, of 6 n + 2 layers (He et al. 2016, arXiv:1512.03385)."""
+    n, rest = divmod(depth - 2, 6)
+    if n < 1 or rest:
+        raise ValueError(f"depth must be 8, 14, 20, ..., got {depth}")
+    table = ((width, n, 1), (2 * width, n, 2), (4 * width, n, 2))
+    return width, _stages(_Residual, width, table), 4 * width
+
+
+def mobilenet(depth: int = 1, width: int = 32) -> Body:
+    """MobileNet in three stages of ``depth`` blocks (Howard et al. 2017, arXiv:1704.04861)."""
+    table = ((width, depth, 1), (2 * width, depth, 2), (4 * width, depth, 2))
+    return width, _stages(_Separable, width, table), 4 * width
+
+
+def shufflenet(first: int = 48) -> Body:
+    """ShuffleNetV2 without its first pooling (Ma et al. 2018, arXiv:1807.11164)."""
+    table = ((first, 4, 2), (2 * first, 8, 2), (4 * first, 4, 2))
+    return 24, [*_stages(_Shuffled, 24, table), _conv_bn(4 * first, 1024, 1)], 1024
+
+
+MODELS: dict[str, Callable[..., Body]] = {
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(resnet, depth, 64) for depth in (8, 14, 20, 32)},
+    **{f"mobilenet{depth}": partial(mobilenet, depth) for depth in (1, 2, 3)},
+    "shufflenet_x0.5": partial(shufflenet, 48),
+    "shufflenet_x1.0": partial(shufflenet, 116),
+    "shufflenet_x1.5": partial(shufflenet, 176),
 }
+
+
+def small(
+    name: str, classes: int, channels: int, stem_stride: int = 1, dropout: float = 0.0,
+    **options: Any,
+) -> nn.Module:  # fmt: skip
+    """A model of ``MODELS``: (N, channels, H, W) images of any size to (N, classes) logits.
+
+    ``stem_stride=2`` makes 28x28 pixels a quarter of the work. ``dropout``: before the last layer.
+    """
+    stem, stages, features = MODELS[name](**options)
+    parts = {
+        "stem": _conv_bn(channels, stem, 3, stem_stride),
+        "stages": nn.Sequential(*stages),
+        "pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)),
+        "head": nn.Linear(features, classes),
+    }
+    return nn.Sequential(OrderedDict(parts))
 
 
 class _Logits(nn.Module):
@@ -198,36 +151,31 @@ def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn
         SetupError: no such model, options it does not take, or its library is not installed.
     """
     kind, _, rest = name.partition(":")
+    if not rest and name not in MODELS:
+        raise SetupError(f"no model {name!r}{nearest(name, MODELS)} There are {', '.join(MODELS)}")
     try:
-        if kind == "timm" and rest:
-            timm = require("timm", "timm", "timm")
+        if kind == "timm":
             options = {"num_classes": classes, "in_chans": channels, **options}
-            return timm.create_model(rest, **options)  # type: ignore[no-any-return]
-        if kind == "hf" and rest:
-            return _transformers(rest, classes, channels, options)
+            return require("timm", "timm", "timm").create_model(rest, **options)  # type: ignore[no-any-return]
+        if kind == "hf":
+            return _transformers(rest, {"num_labels": classes, "num_channels": channels, **options})
         if rest:
             function = getattr(importlib.import_module(kind), rest)
             return function(classes, channels, **options)  # type: ignore[no-any-return]
-        if name not in MODELS:
-            raise SetupError(
-                f"no model {name!r}{nearest(name, MODELS)} There are {', '.join(MODELS)}"
-            )
-        return MODELS[name](classes, channels, **options)
+        return small(name, classes, channels, **options)
     except SetupError:
         raise
     except Exception as error:  # whatever a foreign library makes of options that it does not take
         raise SetupError(f"model {name} with {options} cannot be made: {error}") from error
 
 
-def _transformers(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
     transformers = require("transformers", "transformers", "hf")
     auto = transformers.AutoModelForImageClassification
-    options = {"num_labels": classes, "num_channels": channels, **options}
     if Path(name).is_dir():
-        model = auto.from_pretrained(name, local_files_only=True, use_safetensors=True, **options)
-    else:
-        model = auto.from_config(transformers.AutoConfig.for_model(name, **options))
-    return _Logits(model)
+        local = {"local_files_only": True, "use_safetensors": True}
+        return _Logits(auto.from_pretrained(name, **local, **options))
+    return _Logits(auto.from_config(transformers.AutoConfig.for_model(name, **options)))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -237,14 +185,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         SetupError: the file cannot be read, or holds the weights of another model: the tensors
             that are missing, left over or of another shape (another number of classes) are named.
     """
-    path = Path(path)
+    safetensors = require("safetensors.torch", "safetensors", "train")
     try:
-        if path.suffix == ".safetensors":
-            weights = require("safetensors.torch", "safetensors", "train").load_file(path)
+        if Path(path).suffix == ".safetensors":
+            weights = safetensors.load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except SetupError:
-        raise
     except Exception as error:  # OSError, or what the two formats make of a broken file
         raise SetupError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}

@@ -108,7 +108,7 @@ def _confusion(found: list[Outcome]) -> bytes:
 
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>kdkernels: {title}</title>
-<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem }}
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto }}
 td, th {{ padding: .2rem 1rem; border-bottom: 1px solid #ccc; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }}
 pre {{ background: #f4f4f4; padding: 1rem; overflow: auto }}</style>

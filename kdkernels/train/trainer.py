@@ -8,13 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -26,9 +26,8 @@ from kdkernels.train.checkpoints import Checkpoints, random_states, set_random_s
 from kdkernels.train.config import Config
 from kdkernels.train.data import UNLABELLED, Images, batches
 from kdkernels.train.distill import Distillation, Teachers
-from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError, require
-
-Data = Dataset[Any] | tuple[Tensor, Tensor]
+from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError
+from kdkernels.train.evaluation import Labelled, evaluate
 
 
 @dataclass
@@ -76,8 +75,8 @@ class Trainer:
         self,
         student: nn.Module,
         teacher: nn.Module | Sequence[nn.Module] | None,
-        train_data: Data,
-        val_data: Data,
+        train_data: Labelled,
+        val_data: Labelled,
         config: Config | None = None,
         *,
         normalize: nn.Module | None = None,
@@ -138,16 +137,14 @@ class Trainer:
             seed_everything(self.seed, distributed.rank())
         else:
             self._load_state(state)
-        try:
+        with ExitStack() as started:
             for callback in self.callbacks:
                 callback.start(self)
-            with self._signals():
-                while self.epoch < self.options.epochs and not self.result.stopped_early:
-                    self._train_epoch()
-                    self._end_epoch()
-        finally:
-            for callback in self.callbacks:
-                callback.close()
+                started.callback(callback.close)
+            started.enter_context(self._signals())
+            while self.epoch < self.options.epochs and not self.result.stopped_early:
+                self._train_epoch()
+                self._end_epoch()
         if self._best:
             self.model.load_state_dict(self._best)
         if self.ema is not None:
@@ -176,11 +173,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.step(self, record, speed)
             every = self.options.checkpoint_every
-            if self._signal or (every and self.step % every == 0 and self.batch < len(order)):
+            if self.batch < len(order) and (self._signal or (every and self.step % every == 0)):
                 self._save()
-            if self._signal:
-                name = signal.Signals(self._signal).name
-                raise Interrupted(self._signal, f"{name} at step {self.step}: {self._last_good()}")
 
     def _rate(self, epoch: float) -> float:
         """The factor of the learning rate, in [0, 1]."""
@@ -196,13 +190,14 @@ class Trainer:
         }[options.schedule]
 
     def _train_step(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, float]:
-        """One step of the optimiser, or none where a loss is not finite and that is to be skipped."""
+        """One step of the optimiser, or none where a loss is not finite and may be skipped."""
         self.module.train()
         images, mixed = mix(self.augment(images), labels, self.config.augment)
         if self.config.augment.fgsm:
             images = self._adversarial(images, labels, index, mixed)
         images = self.normalize(images)
-        buffers = [b.clone() for b in self.objective.buffers()]
+        skips = self.options.nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in self.objective.buffers()] if skips else []
         self.optimizer.zero_grad(set_to_none=True)
         items = self._items(labels, mixed)
         totals: dict[str, Tensor] = {}
@@ -298,8 +293,12 @@ class Trainer:
         self._save()
 
     def _save(self) -> None:
+        """Write a checkpoint; after it, act on a signal."""
         if self.checkpoints and distributed.rank() == 0:
             self.checkpoints.save(self.step, self._state())
+        if self._signal:
+            name = signal.Signals(self._signal).name
+            raise Interrupted(self._signal, f"{name} at step {self.step}: {self._last_good()}")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -349,21 +348,24 @@ def seed_everything(seed: int, rank: int) -> None:
     """Seed the generators of Python, NumPy and PyTorch; each process draws its own numbers."""
     mixed = (seed * 1009 + rank) % 2**32
     random.seed(mixed)
-    require("numpy.random", "numpy", "train").seed(mixed)
+    np.random.seed(mixed)
     torch.manual_seed(mixed)
 
 
-def as_dataset(data: Data) -> Dataset[Any]:
+def as_dataset(data: Labelled) -> Dataset[Any]:
     return Images(*data) if isinstance(data, tuple) else data
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: Any) -> torch.optim.Optimizer:
-    common = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 0], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 0], "weight_decay": 0.0},  # a temperature
+    ]
     if options.optimizer == "sgd":
-        nesterov = options.momentum > 0
-        return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=nesterov, **common)
+        momentum = {"momentum": options.momentum, "nesterov": options.momentum > 0}
+        return torch.optim.SGD(groups, options.learning_rate, **momentum)
     kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, **common)
+    return kind(groups, options.learning_rate)
 
 
 def epoch_order(n: int, steps: int, size: int, seed: int, smallest: int) -> list[list[int]]:
@@ -381,41 +383,3 @@ def epoch_order(n: int, steps: int, size: int, seed: int, smallest: int) -> list
     if len(found) > 1 and len(found[-1]) < smallest:
         found[-2:] = [found[-2] + found[-1]]
     return found
-
-
-@dataclass
-class Evaluation:
-    """Accuracy and mean cross entropy; ``confusion`` counts images by (true, predicted) class."""
-
-    accuracy: float
-    loss: float
-    confusion: Tensor
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: Data, normalize: nn.Module | None = None, batch_size: int = 256
-) -> Evaluation:
-    """Look at all images once, in eval mode, shared by the processes that there are."""
-    data, rank, world = as_dataset(data), distributed.rank(), distributed.world_size()
-    distributed.same_buffers(model)
-    model.eval()
-    device = next(model.parameters()).device
-    index = list(range(len(data)))[rank::world]  # type: ignore[arg-type]
-    parts = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
-    loss, confusion = torch.zeros((), dtype=torch.float64, device=device), None
-    for images, labels, _ in batches(data, parts, 0):
-        images, labels = images.to(device), labels.to(device)
-        logits = model(images if normalize is None else normalize(images)).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        classes = logits.shape[1]
-        if confusion is None:
-            confusion = torch.zeros(classes * classes, dtype=torch.float64, device=device)
-        both = labels * classes + logits.argmax(1)
-        confusion += both.bincount(minlength=classes * classes)
-    if confusion is None:
-        raise SetupError("there are fewer images to evaluate than processes")
-    confusion, count = distributed.sum(confusion), len(data)  # type: ignore[arg-type]
-    square = confusion.view(math.isqrt(len(confusion)), -1).long().cpu()
-    accuracy = square.diagonal().sum().item() / count
-    return Evaluation(accuracy, distributed.sum(loss).item() / count, square)
