@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
 def random_states() -> dict[str, Any]:
     """The state of every generator that a step may draw from."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     states["numpy"] = (name, keys.tolist(), *rest)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()

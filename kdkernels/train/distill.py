@@ -124,7 +124,8 @@ class Distillation(nn.Module):
     def schedule(self, epoch: float) -> None:
         """Set what changes over the epochs: piecewise linear between the points."""
         for name, points in self.config.schedules.items():
-            value = float(np.interp(epoch, *zip(*points, strict=True)))
+            epochs, values = zip(*points, strict=True)
+            value = float(np.interp(epoch, epochs, values))
             if name.endswith("_weight"):
                 self.weights[name.removesuffix("_weight")] = value
             else:
@@ -181,8 +182,9 @@ class Distillation(nn.Module):
     ) -> dict[str, Tensor]:
         extra = {}
         if self.log_temperature is not None:
-            self.loss_fn.temperature = self.log_temperature.exp()
-            extra["temperature"] = self.log_temperature.exp().detach()
+            temperature = self.log_temperature.exp()
+            setattr(self.loss_fn, "temperature", temperature)  # noqa: B010
+            extra["temperature"] = temperature.detach()
         if mixed is None:
             loss = self.loss_fn(logits, teacher, labels, num_items=items)
             return {**loss._asdict(), **extra}
