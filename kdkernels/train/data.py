@@ -243,7 +243,9 @@ def batches(
     data: Dataset[Any], index: Sequence[list[int]], workers: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images (n, channels, H, W) in [0, 1], labels (n,) and numbers (n,) for each list of these."""
-    numbered = _Numbered(data)
     return iter(
-        DataLoader(numbered, batch_sampler=index, num_workers=workers, collate_fn=_as_it_is)
-    )
+        DataLoader(
+            _Numbered(data), batch_sampler=index, num_workers=workers, collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else each iterator draws a number from the global one
+        )
+    )  # fmt: skip

@@ -186,15 +186,19 @@ class Distillation(nn.Module):
             setattr(self.loss_fn, "temperature", temperature)  # noqa: B010
             extra["temperature"] = temperature.detach()
         if mixed is None:
-            loss = self.loss_fn(logits, teacher, labels, num_items=items)
-            return {**loss._asdict(), **extra}
+            return self._loss(logits, teacher, labels, num_items=items) | extra
         # The loss is linear in the shares of the two labels; the divergence has none of them.
         terms = []
         for y, share in ((labels, mixed[1]), (mixed[0], 1 - mixed[1])):
             weight = torch.full_like(y, share, dtype=torch.float32)
-            loss = self.loss_fn(logits, teacher, y, sample_weight=weight, num_items=items)
-            terms.append(loss._asdict())
+            terms.append(self._loss(logits, teacher, y, sample_weight=weight, num_items=items))
         return {name: terms[0][name] + terms[1][name] for name in terms[0]} | extra
+
+    def _loss(self, *tensors: Any, **more: Any) -> dict[str, Tensor]:
+        try:
+            return self.loss_fn(*tensors, **more)._asdict()  # type: ignore[no-any-return]
+        except (TypeError, ValueError) as error:  # options that do not go together, shapes
+            raise SetupError(f"loss: {error}") from error
 
     def _hint(self) -> Tensor:
         """Mean squared distance of the projected student's features to the teacher's."""
