@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from itertools import chain
 
 import pytest
 import torch
@@ -383,7 +384,7 @@ def test_freezing_everything_is_refused(images):
 def test_an_epoch_is_every_image_once(n, size, lengths):
     order = loop.epoch_order(n, -(-n // size), size, 3, 2)
     assert [len(batch) for batch in order] == lengths
-    assert sorted(sum(order, [])) == list(range(n))
+    assert sorted(chain.from_iterable(order)) == list(range(n))
     assert order == loop.epoch_order(n, -(-n // size), size, 3, 2)
     assert order != loop.epoch_order(n, -(-n // size), size, 4, 2)
 
@@ -391,7 +392,7 @@ def test_an_epoch_is_every_image_once(n, size, lengths):
 def test_few_images_come_again_in_full_batches():
     order = loop.epoch_order(5, 4, 8, 0, 2)
     assert [len(batch) for batch in order] == [8] * 4
-    counts = torch.tensor(sum(order, [])).bincount()
+    counts = torch.tensor(list(chain.from_iterable(order))).bincount()
     assert counts.max() - counts.min() <= 1
 
 
@@ -569,7 +570,7 @@ def test_no_readable_checkpoint_is_an_error(images, tmp_path):
     trainer(images, folder=tmp_path, training={"epochs": 1}).fit()
     for path in tmp_path.glob("step-*"):
         path.write_bytes(b"no checkpoint")
-    with pytest.raises(StorageError, match="no checkpoint in .* can be read"):
+    with pytest.raises(StorageError, match=r"no checkpoint in .* can be read"):
         trainer(images, folder=tmp_path).fit()
 
 

@@ -16,7 +16,7 @@ from kdkernels.train.checkpoints import load_model, write
 from kdkernels.train.config import Config, Data, dumps, load, options, parse
 from kdkernels.train.data import load as load_data
 from kdkernels.train.data import read_folder, read_image, to_float
-from kdkernels.train.errors import SetupError, TrainError, nearest
+from kdkernels.train.errors import Interrupted, SetupError, TrainError, nearest
 from kdkernels.train.evaluation import evaluate
 from kdkernels.train.experiment import Experiment
 from kdkernels.train.export import export
@@ -105,7 +105,11 @@ def _train(given: argparse.Namespace) -> None:
          f"{len(splits.train)} training, {len(splits.validation)} validation and "
          f"{len(splits.test)} test images; the teacher knows all labels, the student "
          f"{config.data.labelled or 'all'}")  # fmt: skip
-    outcomes = experiment.run()
+    try:
+        outcomes = experiment.run()
+    except Interrupted as error:
+        error.args = (f"{error}; kdkernels train --resume {folder} goes on",)
+        raise
     if distributed.rank() == 0:
         write_report(folder, config, outcomes)
     _say(f"\n{table(outcomes)}\n\nreport  {folder / 'report.html'}\n"

@@ -25,6 +25,7 @@ from kdkernels.train.callbacks import Callback, JsonLines, Progress, TensorBoard
 from kdkernels.train.checkpoints import Normalize, save_model, write
 from kdkernels.train.config import Config, Distill, Model, Student
 from kdkernels.train.data import UNLABELLED, Images, Splits, batches, hide_labels, load
+from kdkernels.train.distill import Distillation, Teachers
 from kdkernels.train.errors import require
 from kdkernels.train.evaluation import evaluate
 from kdkernels.train.models import build, load_weights
@@ -52,6 +53,11 @@ class Experiment:
         self.splits: Splits = load(config.data, say)
         self.normalize = Normalize(self.splits.mean, self.splits.std)
         self.steps = max(1, -(-len(self.splits.train) // config.training.batch_size))
+        self.device = distributed.device(config.training.device)
+        # What is wrong with the models is said now, and not when the teacher has been trained.
+        teachers = [self.build(model) for model in (config.teacher, *config.teacher.others)]
+        example = self.normalize(self.splits.train[:2][0])
+        Distillation(self.build(config.student), Teachers(teachers), config, example)
 
     def run(self) -> dict[str, list[Outcome]]:
         """Every model of every seed; name to outcomes, one per seed."""
@@ -83,19 +89,21 @@ class Experiment:
         config, images = self.config, self.student_images(seed)
         return self.train("distilled", seed, 1, config, config.student, teachers, images, cached)[1]
 
+    def build(self, model: Model) -> nn.Module:
+        """The model, with its weights if they are given."""
+        made = build(model.name, len(self.splits.classes), self.splits.channels, model.options)
+        if model.weights:
+            load_weights(made, model.weights)
+        return made.to(self.device)
+
     def teachers(self, seed: int) -> tuple[list[nn.Module], dict[str, Outcome]]:
         """The teachers, loaded or trained, and their outcomes by name."""
         models, found = [], {}
         for i, model in enumerate((self.config.teacher, *self.config.teacher.others)):
             name = "teacher" if i == 0 else f"teacher {i + 1}"
             if model.weights:
-                trained = build(
-                    model.name, len(self.splits.classes), self.splits.channels, model.options
-                )
-                load_weights(trained, model.weights)
-                found[name] = self.outcome(
-                    trained.to(distributed.device(self.config.training.device)), {}
-                )
+                trained = self.build(model)
+                found[name] = self.outcome(trained, {})
             else:
                 teacher, images = self.config.teacher, self.splits.train
                 config = without_teacher(
@@ -112,14 +120,11 @@ class Experiment:
     ) -> tuple[nn.Module, Outcome]:  # fmt: skip
         """One model, in its own folder; nothing is done there that is done already."""
         folder = self.folder / f"seed{seed}" / name.replace(" ", "-")
-        seed_everything(seed, 100 + purpose // 10)  # students start alike
-        model = build(about.name, len(self.splits.classes), self.splits.channels, about.options)
+        seed_everything(seed, 100 + (purpose if purpose >= 10 else 0))  # students start alike
+        model = self.build(about)
         if (folder / "outcome.json").exists():
             load_weights(model, folder / "model.safetensors")
-            outcome = Outcome(**json.loads((folder / "outcome.json").read_text()))
-            return model.to(distributed.device(config.training.device)), outcome
-        if about.weights:
-            load_weights(model, about.weights)
+            return model, Outcome(**json.loads((folder / "outcome.json").read_text()))
         trainer = Trainer(
             model, teachers, images, self.splits.validation, config, normalize=self.normalize,
             callbacks=self.callbacks(f"seed {seed} {name}", folder), folder=folder / "checkpoints",
@@ -133,9 +138,7 @@ class Experiment:
         return model, outcome
 
     def outcome(self, model: nn.Module, result: dict[str, Any]) -> Outcome:
-        found = evaluate(
-            model, self.splits.test, self.normalize.to(next(model.parameters()).device)
-        )
+        found = evaluate(model, self.splits.test, self.normalize.to(self.device))
         return Outcome(found.accuracy, found.confusion.tolist(), result)
 
     def about(self, model: Model) -> dict[str, Any]:
@@ -182,12 +185,13 @@ class Experiment:
 
     @torch.no_grad()
     def logits(self, teacher: nn.Module) -> torch.Tensor:
-        device = next(teacher.parameters()).device
-        normalize, index = self.normalize.to(device), list(range(len(self.splits.train)))
+        normalize, index = self.normalize.to(self.device), list(range(len(self.splits.train)))
         parts = [index[i : i + 256] for i in range(0, len(index), 256)]
         found = batches(self.splits.train, parts, 0)
         teacher.eval()
-        return torch.cat([teacher(normalize(images.to(device))).cpu() for images, _, _ in found])
+        return torch.cat(
+            [teacher(normalize(images.to(self.device))).cpu() for images, _, _ in found]
+        )
 
 
 def without_teacher(config: Config, **training: Any) -> Config:
