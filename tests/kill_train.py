@@ -1,4 +1,4 @@
-"""Kill ``kdkernels train`` with SIGKILL at random moments and resume it, until nothing is left to do.
+"""Kill ``kdkernels train`` with SIGKILL at random moments, and resume it until it is through.
 
     python tests/kill_train.py [KILLS] [SEED]
 
@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-OPTIONS = (
-    "--data.name digits --seeds 2 --training.epochs 6 --training.checkpoint_every 5 "
-    "--augment.crop 1 --augment.rotation 10 --augment.mixup 0.2 --training.ema 0.9 "
-    "--training.accumulate 2 --training.threads 1 --training.log_every 1"
-).split()
+OPTIONS = """
+    --data.name digits --seeds 2 --training.epochs 6 --training.checkpoint_every 5
+    --augment.crop 1 --augment.rotation 10 --augment.mixup 0.2 --training.ema 0.9
+    --training.accumulate 2 --training.threads 1 --training.log_every 1
+""".split()  # noqa: SIM905
 FILES = ("**/model.safetensors", "**/metrics.jsonl", "**/outcome.json", "summary.json", "*.toml")
 
 

@@ -203,7 +203,7 @@ def test_weights_of_teacher_and_student_come_from_files(tiny_run, tmp_path):
     student = str(tiny_run / "seed0" / "alone" / "model.safetensors")
     config = tiny_config(teacher={"weights": file}, student={"weights": student})
     run = Experiment(config, tmp_path, quiet)
-    (teacher,), found = run.teachers(0)
+    _, found = run.teachers(0)
     reported = json.loads((tiny_run / "seed0" / "teacher" / "outcome.json").read_text())
     assert found["teacher"].test_accuracy == reported["test_accuracy"]
     assert not (tmp_path / "seed0" / "teacher").exists()
@@ -281,7 +281,7 @@ def test_a_killed_command_goes_on_to_the_same_bits(tiny_run, tmp_path, number):
             if "distilled" in line and "epoch 1" in line:
                 process.send_signal(number)
                 break
-        rest, error = process.communicate()
+        _, error = process.communicate()
     assert process.returncode == {signal.SIGKILL: -9}.get(number, 128 + number)
     if number != signal.SIGKILL:
         assert error.startswith(f"kdkernels train: error: {number.name} at step ")
