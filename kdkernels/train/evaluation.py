@@ -8,14 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from kdkernels.train import distributed
-from kdkernels.train.data import Images, batches
+from kdkernels.train.data import Labelled, as_dataset, batches
 from kdkernels.train.errors import SetupError
-
-Labelled = Dataset[Any] | tuple[Tensor, Tensor]
-
 
 @dataclass
 class Evaluation:
@@ -35,7 +31,7 @@ def evaluate(
     Raises:
         SetupError: a label that is not a class of the model, or fewer images than processes.
     """
-    data = Images(*data) if isinstance(data, tuple) else data
+    data = as_dataset(data)
     distributed.same_buffers(model)
     model.eval()
     device, count = next(model.parameters()).device, len(data)  # type: ignore[arg-type]

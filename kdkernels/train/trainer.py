@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 
 from kdkernels.train import distributed
 from kdkernels.train.augment import mix, pipeline
@@ -153,13 +152,10 @@ class Trainer:
         return self.result
 
     def _train_epoch(self) -> None:
-        order = epoch_order(
-            len(self.train_data), self.steps_per_epoch, self.options.batch_size,  # type: ignore[arg-type]
-            self.seed * 1_000_003 + self.epoch, 2 * distributed.world_size(),
-        )  # fmt: skip
-        rest = [
-            batch[distributed.rank() :: distributed.world_size()] for batch in order[self.batch :]
-        ]
+        rank, world = distributed.rank(), distributed.world_size()
+        size, seed = self.options.batch_size, self.seed * 1_000_003 + self.epoch
+        order = epoch_order(len(self.train_data), self.steps_per_epoch, size, seed, 2 * world)
+        rest = [batch[rank::world] for batch in order[self.batch :]]
         for images, labels, index in batches(self.train_data, rest, self.config.data.workers):
             began = time.perf_counter()
             self.objective.schedule(self.epoch + self.batch / len(order))
@@ -169,7 +165,7 @@ class Trainer:
             terms = self._train_step(images.to(self.device), labels.to(self.device), index)
             self.step, self.batch = self.step + 1, self.batch + 1
             record = {"step": self.step, "epoch": self.epoch + 1, **terms, "learning_rate": rate}
-            speed = len(images) * distributed.world_size() / (time.perf_counter() - began)
+            speed = len(images) * world / (time.perf_counter() - began)
             for callback in self.callbacks:
                 callback.step(self, record, speed)
             every = self.options.checkpoint_every
@@ -201,9 +197,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         items = self._items(labels, mixed)
         totals: dict[str, Tensor] = {}
+        kind = torch.float16 if self.options.amp == "float16" else torch.bfloat16
         for part in torch.arange(len(images), device=self.device).chunk(self.options.accumulate):
             others = None if mixed is None else (mixed[0][part], mixed[1])
-            with self._autocast():
+            with torch.autocast(self.device.type, kind, enabled=self.options.amp != "off"):
                 terms = self.module(images[part], labels[part], index[part.cpu()], others, items)
             self.scaler.scale(terms["loss"]).backward()
             for name, value in terms.items():
@@ -218,10 +215,6 @@ class Trainer:
             for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         return values
-
-    def _autocast(self) -> torch.autocast:
-        kind = torch.float16 if self.options.amp == "float16" else torch.bfloat16
-        return torch.autocast(self.device.type, kind, enabled=self.options.amp != "off")
 
     def _items(self, labels: Tensor, mixed: Any) -> tuple[float, float] | None:
         """By what the sums over images and labelled images are divided, in each process."""
@@ -300,28 +293,26 @@ class Trainer:
             name = signal.Signals(self._signal).name
             raise Interrupted(self._signal, f"{name} at step {self.step}: {self._last_good()}")
 
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        parts = {"objective": self.objective, "optimizer": self.optimizer, "scaler": self.scaler}
+        named = {f"callback {i}": callback for i, callback in enumerate(self.callbacks)}
+        return parts | named | ({"ema": self.ema} if self.ema is not None else {})
+
     def _state(self) -> dict[str, Any]:
         return {
             "place": [self.epoch, self.batch, self.step, self.skipped],
             "result": vars(self.result),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else {},
             "random": random_states(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.step, self.skipped = state["place"]
         self.result = Result(**state["result"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
-            callback.load_state_dict(saved)
+        for name, part in self._parts().items():
+            if name in state["parts"]:
+                part.load_state_dict(state["parts"][name])
         if self.result.epoch and self.checkpoints:
             self._best = self.checkpoints.best()
         set_random_states(state["random"])
@@ -350,10 +341,6 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-
-
-def as_dataset(data: Labelled) -> Dataset[Any]:
-    return Images(*data) if isinstance(data, tuple) else data
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: Any) -> torch.optim.Optimizer:
