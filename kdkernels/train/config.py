@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -31,7 +32,10 @@ CacheFormat = Literal["none", "float16", "float32"]
 Ramp = list[tuple[NotNegative, float]]
 
 # What FusedKDLoss takes and a configuration can say; the rest is the trainer's own business.
-_OWN = ("reduction", "return_terms", "inplace", "group", "shift", "vocab_parallel", "ignore_index")
+_OWN = (
+    "reduction", "return_terms", "inplace", "group", "shift", "vocab_parallel", "ignore_index",
+    "logit_bias",
+)  # fmt: skip
 LOSS_OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(FusedKDLoss).parameters.items()
@@ -192,10 +196,9 @@ def make_loss(options: dict[str, Any]) -> FusedKDLoss:
         ValueError: what FusedKDLoss has to say of an option.
     """
     given = {"distill_ignored": True, **options}
-    for name in ("weight", "teacher_weights"):
-        if isinstance(given.get(name), list):
-            given[name] = torch.tensor(given[name], dtype=torch.float32)
     try:
+        if isinstance(given.get("weight"), list):
+            given["weight"] = torch.tensor([float(one) for one in given["weight"]])
         return FusedKDLoss(**given, return_terms=True)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(str(error)) from error
@@ -213,7 +216,7 @@ def load(path: Path | None = None, changes: dict[str, Any] | None = None) -> Con
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SetupError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # TOML and UTF-8
+        except (ValueError, RecursionError) as error:  # TOML and UTF-8
             raise SetupError(f"{path} is not TOML: {error}") from error
     for key, value in (changes or {}).items():
         *sections, name = key.split(".", 1)
@@ -223,6 +226,10 @@ def load(path: Path | None = None, changes: dict[str, Any] | None = None) -> Con
             if not isinstance(table, dict):
                 raise SetupError(f"{section} must be a table, got {table!r}")
         table[name] = value
+    try:
+        content = tomllib.loads(tomli_w.dumps(content).encode().decode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SetupError(f"an option is nothing that TOML can say: {error}") from error
     return checked(content)
 
 
@@ -256,7 +263,7 @@ def parse(text: str, annotation: Any) -> Any:
     if text[:1] in ("[", "{") or annotation is Any:
         try:
             return tomllib.loads(f"value = {text}")["value"]
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return text
 
@@ -279,6 +286,4 @@ def options() -> dict[str, tuple[Any, str]]:
 
 def dumps(config: Config) -> str:
     """The resolved configuration as TOML: every option, whether it was given or not."""
-    import tomli_w
-
     return tomli_w.dumps(config.model_dump())
