@@ -57,7 +57,7 @@ class Data(Section):
     name: Literal["mnist5k", "digits", "folder"] = option("mnist5k", "real images")
     folder: str = option("", "of name=folder: a folder per class, or train/ val/ test/ of such")
     size: Natural = option(0, "scale images to size x size pixels; 0: they are alike")
-    channels: Literal[0, 1, 3] = option(0, "1 grey, 3 RGB, 0: as the first image has them")
+    channels: Literal[0, 1, 3] = option(0, "1 grey, 3 RGB, 0: as the images have them")
     corrupt: Literal["error", "skip"] = option("error", "fail on files that are no image, or not")
     validation: Share = option(0.15, "share of the images, stratified by class")
     test: Share = option(0.25, "share of the images, stratified by class")
@@ -169,7 +169,10 @@ class Config(Section):
             if not points or [p for p, _ in points] != sorted({p for p, _ in points}):
                 raise ValueError(f"schedules.{name}: epochs must increase")
             for _, value in points if name not in weights else ():
-                make_loss(self.loss | {name: value})
+                try:
+                    make_loss(self.loss | {name: value})
+                except ValueError as error:
+                    raise ValueError(f"schedules.{name}: {error}") from error
             if any(value < 0 for _, value in points):
                 raise ValueError(f"schedules.{name}: values must not be negative")
         if self.data.validation + self.data.test >= 1:
@@ -259,13 +262,13 @@ def _in_words(error: Any) -> str:
 
 
 def parse(text: str, annotation: Any) -> Any:
-    """A value on the command line: TOML where it is a list, a table or a number of FusedKDLoss."""
-    if text[:1] in ("[", "{") or annotation is Any:
-        try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):
-            return text
-    return text
+    """A value on the command line: text where the option is text, TOML if it is any, or text."""
+    if annotation is str:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def options() -> dict[str, tuple[Any, str]]:

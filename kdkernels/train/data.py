@@ -97,7 +97,7 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
             if size is not None:
                 image = image.resize(size, pil.Resampling.BILINEAR)
             pixels = torch.from_numpy(np.array(image))
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder makes of a broken file
         raise ValueError(f"{path} is no image that can be read: {error}") from error
     pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return pixels.expand(3, -1, -1) if channels == 3 and len(pixels) == 1 else pixels
@@ -109,7 +109,8 @@ def read_folder(
 ) -> Images:  # fmt: skip
     """All images below ``folder``/CLASS; what cannot be read is told to ``skip``, or fatal."""
     files = [(file, label) for label, name in enumerate(classes)
-             for file in sorted((folder / name).rglob("*")) if _is_file(file)]  # fmt: skip
+             for file in sorted((folder / name).rglob("*"))
+             if file.is_file() and not _is_hidden(file.relative_to(folder))]  # fmt: skip
 
     def read(file: Path) -> Tensor | str:
         try:
@@ -139,13 +140,13 @@ def read_folder(
     return Images(torch.stack(images), torch.tensor([label for _, _, label in good]))
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _class_names(folder: Path) -> list[str]:
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     except OSError as error:
         raise SetupError(f"data.folder {folder} cannot be read: {error.strerror}") from error
     if not names:
@@ -193,7 +194,7 @@ def _split(everything: Images, config: Data) -> list[Images]:
         try:
             rest, part = split(rest, test_size=max(1, round(share * len(everything))), **how)
         except ValueError as error:
-            raise SetupError(f"the images cannot be split: {error}") from error
+            raise SetupError(f"{config.folder or config.name} cannot be split: {error}") from error
         parts.append(part)
     return [everything.at(torch.tensor(part)) for part in (rest, parts[1], parts[0])]
 
@@ -243,7 +244,8 @@ def batches(
     data: Dataset[Any], index: Sequence[list[int]], workers: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images (n, channels, H, W) in [0, 1], labels (n,) and numbers (n,) for each list of these."""
-    numbered = _Numbered(data)
-    return iter(
-        DataLoader(numbered, batch_sampler=index, num_workers=workers, collate_fn=_as_it_is)
-    )
+    # Without a generator, PyTorch draws the workers' seed from the global one at every call, and a
+    # run that goes on within an epoch would differ from one that was never stopped.
+    generator = torch.Generator().manual_seed(hash(tuple(map(tuple, index[:1]))))
+    how: dict[str, Any] = {"batch_sampler": index, "num_workers": workers, "generator": generator}
+    return iter(DataLoader(_Numbered(data), collate_fn=_as_it_is, **how))

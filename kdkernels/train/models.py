@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -152,7 +153,9 @@ def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn
     """
     kind, _, rest = name.partition(":")
     if not rest and name not in MODELS:
-        raise SetupError(f"no model {name!r}{nearest(name, MODELS)} There are {', '.join(MODELS)}")
+        raise SetupError(
+            f"no model {name!r}{nearest(name, MODELS)}\nbuilt in are {', '.join(MODELS)}"
+        )
     try:
         if kind == "timm":
             options = {"num_classes": classes, "in_chans": channels, **options}
@@ -173,9 +176,26 @@ def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
     transformers = require("transformers", "transformers", "hf")
     auto = transformers.AutoModelForImageClassification
     if Path(name).is_dir():
-        local = {"local_files_only": True, "use_safetensors": True}
-        return _Logits(auto.from_pretrained(name, **local, **options))
-    return _Logits(auto.from_config(transformers.AutoConfig.for_model(name, **options)))
+        how = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        anew = options.pop("ignore_mismatched_sizes", False)
+        model, found = auto.from_pretrained(name, **how, ignore_mismatched_sizes=True, **options)
+        wrong = [
+            f"{key} is {tuple(there)} and {tuple(here)} in the model"
+            for key, there, here in sorted(found["mismatched_keys"])
+        ]
+        if wrong and not anew:
+            text = "the option ignore_mismatched_sizes = true makes these anew"
+            raise SetupError(f"{name} does not fit the model: {'; '.join(wrong)}: {text}")
+        return _Logits(model)
+    if name not in transformers.CONFIG_MAPPING:
+        near = nearest(name, transformers.CONFIG_MAPPING)
+        raise SetupError(f"no folder and no model of Transformers is called {name}{near}")
+    config = transformers.AutoConfig.for_model(name, **options)
+    known = transformers.AutoConfig.for_model(name)
+    for key in options:  # which takes whatever is given
+        if key != "num_channels" and not hasattr(known, key):
+            raise SetupError(f"model hf:{name} takes no {key}{nearest(key, vars(known))}")
+    return _Logits(auto.from_config(config))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -191,9 +211,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             weights = safetensors.load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text is advice to execute what is in there
+        raise SetupError(f"{path} is broken, or holds more than tensors") from error
     except Exception as error:  # OSError, or what the two formats make of a broken file
-        raise SetupError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+        reason = str(error) or repr(error)
+        raise SetupError(f"{path} cannot be read: {reason.splitlines()[0]}") from error
+    if isinstance(weights, dict):
+        weights = weights.get("state_dict", weights)
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise SetupError(f"{path} holds something else than tensors by their names")
     own = model.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
     wrong += [f"{name} is not in the model" for name in weights.keys() - own.keys()]
