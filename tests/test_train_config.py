@@ -202,7 +202,7 @@ def test_what_the_command_line_took_is_written_and_read_again(name, tmp_path):
 
 
 def test_help_lists_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["train", "--help"])
     words = " ".join(capsys.readouterr().out.split())
     for name, (_, text) in config.options().items():
@@ -542,25 +542,26 @@ KEYS = (
     | st.sampled_from(["", ".", "...", "loss.", ".loss", "schedules.alpha", "schedules.beta"])
 )
 LITERALS = st.sampled_from(
-    "1 -1 0 0.5 nan inf true 'x' '' [] [1,2] [[0,1],[1,2]] {} {a=1} {a={b=[]}} 1979-05-27 0xff "
-    '99999999999999999999 "\\u00e9" [ } = """'.split(" ")
-)
+    ["1", "-1", "0", "0.5", "nan", "inf", "true", "'x'", "''", '"\\u00e9"', "[]", "[[0,1],[1,2]]",
+     "{}", "{a=1}", "{a={b=[]}}", "1979-05-27", "0xff", "99999999999999999999", "[", "}", '"""']
+)  # fmt: skip
 LINES = st.one_of(
     st.builds("{} = {}".format, st.sampled_from(NAMES) | st.text(max_size=4), LITERALS),
     st.builds("[{}]".format, st.sampled_from([*Config.model_fields, "a", "a.b", ""])),
     st.text(max_size=10),
 )
+GOOD = [(name, config.parse(text, config.options()[name][0])) for name, text in GIVEN.items()]
+CHANGES = st.lists(st.sampled_from(GOOD) | st.tuples(KEYS, VALUES), max_size=3).map(dict)
 FILES = st.none() | st.binary(max_size=30) | st.lists(LINES, max_size=5).map("\n".join)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(text=FILES, changes=st.dictionaries(KEYS, VALUES, max_size=3))
+@given(text=FILES, changes=CHANGES)
 def test_whatever_is_given_is_a_configuration_or_refused(tmp_path_factory, text, changes):
     path = None if text is None else file(tmp_path_factory.getbasetemp(), text)
     try:
         found = config.load(path, changes)
-    except SetupError as error:
-        assert str(error)
+    except SetupError:
         return
     written = config.dumps(found)
     again = config.load(file(tmp_path_factory.getbasetemp(), written))
