@@ -322,7 +322,7 @@ def test_all_that_is_wrong_is_said_at_once():
         ("augment.crop", [0, 4], [-1, 0.5]),
         ("augment.flip", [0, 1], [-0.01, 1.01]),
         ("augment.rotation", [0, 180], [-1, 181]),
-        ("augment.randaugment", [0, 30], [-1, 31]),
+        ("augment.randaugment", [0, 29], [-1, 30]),
         ("augment.mixup", [0, 10.0], [-1, math.inf]),
         ("student.name", ["x"], [3, None]),
         ("student.options", [{}, {"a": 1}], [[], "x"]),

@@ -62,7 +62,8 @@ def built_in(request):
     everything, classes = data.SOURCES[request.param]()  # which takes 2 s: once
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.SOURCES, request.param, lambda: (everything, classes))
-        yield request.param, everything, data.load(Data(name=request.param))
+        splits = data.load(Data(name=request.param))
+    return request.param, everything, splits
 
 
 def test_the_images_that_come_along(built_in):

@@ -24,7 +24,7 @@ Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Magnitude = Annotated[int, Field(ge=0, le=30)]
+Magnitude = Annotated[int, Field(ge=0, lt=30)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
 Schedule = Literal["constant", "linear", "cosine", "step"]
@@ -73,7 +73,7 @@ class Augment(Section):
     flip: Share = option(0.0, "probability of a horizontal flip")
     rotation: Degrees = option(0.0, "degrees, at most")
     color: Share = option(0.0, "strength of brightness and contrast, saturation and hue in RGB")
-    randaugment: Magnitude = option(0, "of RandAugment's two operations, to 30 (arXiv:1909.13719)")
+    randaugment: Magnitude = option(0, "of RandAugment's two operations, to 29 (arXiv:1909.13719)")
     mixup: NotNegative = option(0.0, "alpha of the Beta distribution (arXiv:1710.09412); 0: none")
     cutmix: NotNegative = option(0.0, "alpha of the Beta distribution (arXiv:1905.04899); 0: none")
     fgsm: Share = option(0.0, "step along the sign of the gradient, in pixels (arXiv:1412.6572)")
