@@ -118,6 +118,8 @@ def small(
     ``stem_stride=2`` makes 28x28 pixels a quarter of the work. ``dropout``: before the last layer.
     """
     stem, stages, features = MODELS[name](**options)
+    if min(stem, stem_stride) < 1:
+        raise ValueError("width and stem_stride must be at least 1")
     parts = {
         "stem": _conv_bn(channels, stem, 3, stem_stride),
         "stages": nn.Sequential(*stages),
