@@ -198,6 +198,17 @@ def test_images_are_scaled_to_the_size_that_is_asked_for(tmp_path, mode):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("pixels", "value"), [(np.full((3, 9), 40000, np.uint16), 40000 / 65535),
+                          (np.full((3, 9), 51, np.uint8), 0.2)]
+)  # fmt: skip
+def test_scaling_keeps_what_is_alike_everywhere(tmp_path, pixels, value, channels):
+    Image.fromarray(pixels).save(tmp_path / "flat.png")
+    got = data.to_float(data.read_image(tmp_path / "flat.png", channels, (5, 2)))
+    torch.testing.assert_close(got, torch.full((channels, 2, 5), value))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
 def test_grey_and_colours_meet_in_the_channels_that_are_asked_for(tmp_path, channels):
     folder_of(tmp_path)
     picture("RGB").save(tmp_path / "ant" / "colours.png")

@@ -118,6 +118,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_and_all_there_are(name, te
         ("shufflenet_x0.5", {"stem_stride": "a"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_options_that_a_model_does_not_take_are_refused_by_its_name(name, options):
     with refused(f"model {name} with {options} cannot be made: "):
         build(name, 10, 1, options)
@@ -326,6 +327,7 @@ class Command:
 
 
 @pytest.mark.parametrize("protocol", ["torch", "pickle"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_with_other_things_than_tensors_is_refused_and_nothing_is_executed(
     tmp_path, protocol
 ):
