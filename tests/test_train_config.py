@@ -281,6 +281,7 @@ def test_the_resolved_configuration_has_every_option(tmp_path):
         ({"schedules.learning_rate": [[0, 1]]}, "schedules.learning_rate is unknown"),
         ({"zzzz": 3}, "unknown option zzzz"),
         ({"a.b.c": 3}, "unknown option a"),
+        ({"student.options.width": 3}, "option student.options.width; did you mean student.opt"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest(changes, text):

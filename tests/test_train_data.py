@@ -180,6 +180,13 @@ def test_16_bits_keep_their_precision(tmp_path, channels):
     assert len(got[0].unique()) == 16
 
 
+def test_floats_stay_as_they_are_between_0_and_1(tmp_path):
+    values = np.linspace(-0.5, 1.5, 16, dtype=np.float32).reshape(4, 4)
+    Image.fromarray(values).save(tmp_path / "floats.tiff")
+    got = data.read_image(tmp_path / "floats.tiff", 0, None)
+    assert torch.equal(got[0], torch.from_numpy(values).clamp(0, 1))
+
+
 def test_16_and_8_bits_in_one_folder_are_on_one_scale(tmp_path):
     folder_of(tmp_path)
     Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)).save(tmp_path / "ant" / "deep.png")
@@ -317,6 +324,14 @@ def test_a_part_without_images_is_named(tmp_path):
     folder_of(tmp_path / "train")
     folder_of(tmp_path / "val")
     with refused(tmp_path / "test"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_is_not_trained_is_named(tmp_path, part):
+    for name in ("train", "val", "test"):
+        folder_of(tmp_path / name, classes=("ant", "bee", "cat")[: 2 + (name == part)], n=2)
+    with refused(f"train has no class cat, {tmp_path / part} has"):
         load(tmp_path)
 
 

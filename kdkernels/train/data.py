@@ -89,7 +89,7 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
         with pil.open(path) as image:
             image.load()
             if image.mode[0] in "IF":  # 16 bits, which convert() would cut off
-                values = np.asarray(image, dtype="float32") / 65535
+                values = np.asarray(image, dtype="float32") / (65535 if image.mode[0] == "I" else 1)
                 image = pil.fromarray(values.clip(0, 1))
             else:
                 is_grey = channels == 1 or (channels == 0 and image.mode in ("1", "L", "LA"))
@@ -170,6 +170,9 @@ def load(config: Data, say: Callable[[str], None] = print) -> Splits:
         raise SetupError("data.name=folder needs data.folder")
     elif (folder / "train").is_dir():
         classes = _class_names(folder / "train")
+        for part in ("val", "test"):
+            if unknown := sorted({*_class_names(folder / part)} - {*classes}):
+                raise SetupError(f"train has no class {', '.join(unknown)}, {folder / part} has")
         parts = [read_folder(folder / part, classes, *how) for part in ("train", "val", "test")]
         if len({part.images.shape[1:] for part in parts}) > 1:
             raise SetupError("train, val and test differ in shape: set data.size and data.channels")

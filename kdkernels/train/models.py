@@ -186,18 +186,17 @@ def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
             for key, there, here in sorted(found["mismatched_keys"])
         ]
         if wrong and not anew:
-            text = "the option ignore_mismatched_sizes = true makes these anew"
-            raise SetupError(f"{name} does not fit the model: {'; '.join(wrong)}: {text}")
+            wrong.append("the option ignore_mismatched_sizes = true makes these anew")
+            raise SetupError(f"{name} does not fit the model: {'; '.join(wrong)}")
         return _Logits(model)
-    if name not in transformers.CONFIG_MAPPING:
-        near = nearest(name, transformers.CONFIG_MAPPING)
+    if name not in (known := transformers.CONFIG_MAPPING):
+        near = nearest(name, known)
         raise SetupError(f"no folder and no model of Transformers is called {name}{near}")
-    config = transformers.AutoConfig.for_model(name, **options)
-    known = transformers.AutoConfig.for_model(name)
-    for key in options:  # which takes whatever is given
-        if key != "num_channels" and not hasattr(known, key):
-            raise SetupError(f"model hf:{name} takes no {key}{nearest(key, vars(known))}")
-    return _Logits(auto.from_config(config))
+    usual = known[name]()
+    for key in options:  # a configuration takes whatever is given
+        if key != "num_channels" and not hasattr(usual, key):
+            raise SetupError(f"model hf:{name} takes no {key}{nearest(key, vars(usual))}")
+    return _Logits(auto.from_config(known[name](**options)))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
