@@ -70,7 +70,7 @@ def mix(
     if not alphas:
         return images, None
     by_cutmix = not config.mixup or (len(alphas) == 2 and bool(torch.rand(()) < 0.5))
-    alpha = config.cutmix if by_cutmix else config.mixup
+    alpha = max(config.cutmix if by_cutmix else config.mixup, 1e-30)  # 0 in float32 raises
     share = torch.distributions.Beta(alpha, alpha).sample().item()
     others = torch.randperm(len(images))
     if not by_cutmix:

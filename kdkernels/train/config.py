@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,7 +24,7 @@ Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Magnitude = Annotated[int, Field(ge=0, le=30)]
+Magnitude = Annotated[int, Field(ge=0, lt=30)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
 Schedule = Literal["constant", "linear", "cosine", "step"]
@@ -31,7 +32,10 @@ CacheFormat = Literal["none", "float16", "float32"]
 Ramp = list[tuple[NotNegative, float]]
 
 # What FusedKDLoss takes and a configuration can say; the rest is the trainer's own business.
-_OWN = ("reduction", "return_terms", "inplace", "group", "shift", "vocab_parallel", "ignore_index")
+_OWN = (
+    "reduction", "return_terms", "inplace", "group", "shift", "vocab_parallel", "ignore_index",
+    "logit_bias",
+)  # fmt: skip
 LOSS_OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(FusedKDLoss).parameters.items()
@@ -53,7 +57,7 @@ class Data(Section):
     name: Literal["mnist5k", "digits", "folder"] = option("mnist5k", "real images")
     folder: str = option("", "of name=folder: a folder per class, or train/ val/ test/ of such")
     size: Natural = option(0, "scale images to size x size pixels; 0: they are alike")
-    channels: Literal[0, 1, 3] = option(0, "1 grey, 3 RGB, 0: as the first image has them")
+    channels: Literal[0, 1, 3] = option(0, "1 grey, 3 RGB, 0: as the images have them")
     corrupt: Literal["error", "skip"] = option("error", "fail on files that are no image, or not")
     validation: Share = option(0.15, "share of the images, stratified by class")
     test: Share = option(0.25, "share of the images, stratified by class")
@@ -69,7 +73,7 @@ class Augment(Section):
     flip: Share = option(0.0, "probability of a horizontal flip")
     rotation: Degrees = option(0.0, "degrees, at most")
     color: Share = option(0.0, "strength of brightness and contrast, saturation and hue in RGB")
-    randaugment: Magnitude = option(0, "of RandAugment's two operations, to 30 (arXiv:1909.13719)")
+    randaugment: Magnitude = option(0, "of RandAugment's two operations, to 29 (arXiv:1909.13719)")
     mixup: NotNegative = option(0.0, "alpha of the Beta distribution (arXiv:1710.09412); 0: none")
     cutmix: NotNegative = option(0.0, "alpha of the Beta distribution (arXiv:1905.04899); 0: none")
     fgsm: Share = option(0.0, "step along the sign of the gradient, in pixels (arXiv:1412.6572)")
@@ -165,7 +169,10 @@ class Config(Section):
             if not points or [p for p, _ in points] != sorted({p for p, _ in points}):
                 raise ValueError(f"schedules.{name}: epochs must increase")
             for _, value in points if name not in weights else ():
-                make_loss(self.loss | {name: value})
+                try:
+                    make_loss(self.loss | {name: value})
+                except ValueError as error:
+                    raise ValueError(f"schedules.{name}: {error}") from error
             if any(value < 0 for _, value in points):
                 raise ValueError(f"schedules.{name}: values must not be negative")
         if self.data.validation + self.data.test >= 1:
@@ -192,10 +199,9 @@ def make_loss(options: dict[str, Any]) -> FusedKDLoss:
         ValueError: what FusedKDLoss has to say of an option.
     """
     given = {"distill_ignored": True, **options}
-    for name in ("weight", "teacher_weights"):
-        if isinstance(given.get(name), list):
-            given[name] = torch.tensor(given[name], dtype=torch.float32)
     try:
+        if isinstance(given.get("weight"), list):
+            given["weight"] = torch.tensor([float(one) for one in given["weight"]])
         return FusedKDLoss(**given, return_terms=True)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(str(error)) from error
@@ -213,7 +219,7 @@ def load(path: Path | None = None, changes: dict[str, Any] | None = None) -> Con
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SetupError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # TOML and UTF-8
+        except (ValueError, RecursionError) as error:  # TOML and UTF-8
             raise SetupError(f"{path} is not TOML: {error}") from error
     for key, value in (changes or {}).items():
         *sections, name = key.split(".", 1)
@@ -223,6 +229,10 @@ def load(path: Path | None = None, changes: dict[str, Any] | None = None) -> Con
             if not isinstance(table, dict):
                 raise SetupError(f"{section} must be a table, got {table!r}")
         table[name] = value
+    try:
+        content = tomllib.loads(tomli_w.dumps(content).encode().decode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SetupError(f"an option is nothing that TOML can say: {error}") from error
     return checked(content)
 
 
@@ -252,13 +262,13 @@ def _in_words(error: Any) -> str:
 
 
 def parse(text: str, annotation: Any) -> Any:
-    """A value on the command line: TOML where it is a list, a table or a number of FusedKDLoss."""
-    if text[:1] in ("[", "{") or annotation is Any:
-        try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except ValueError:
-            return text
-    return text
+    """A value on the command line: text where the option is text, TOML if it is any, or text."""
+    if annotation is str:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def options() -> dict[str, tuple[Any, str]]:
@@ -279,6 +289,4 @@ def options() -> dict[str, tuple[Any, str]]:
 
 def dumps(config: Config) -> str:
     """The resolved configuration as TOML: every option, whether it was given or not."""
-    import tomli_w
-
     return tomli_w.dumps(config.model_dump())

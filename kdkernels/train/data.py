@@ -37,6 +37,13 @@ class Images(Dataset[Any]):
     __getitems__ = __getitem__
 
 
+Labelled = Dataset[Any] | tuple[Tensor, Tensor]  # of (image, label); or images and their labels
+
+
+def as_dataset(data: Labelled) -> Any:
+    return Images(*data) if isinstance(data, tuple) else data
+
+
 def to_float(images: Tensor) -> Tensor:
     """Pixels in [0, 1]."""
     return images if images.is_floating_point() else images.float() / 255
@@ -89,7 +96,7 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
         with pil.open(path) as image:
             image.load()
             if image.mode[0] in "IF":  # 16 bits, which convert() would cut off
-                values = np.asarray(image, dtype="float32") / 65535
+                values = np.asarray(image, dtype="float32") / (65535 if image.mode[0] == "I" else 1)
                 image = pil.fromarray(values.clip(0, 1))
             else:
                 is_grey = channels == 1 or (channels == 0 and image.mode in ("1", "L", "LA"))
@@ -97,7 +104,7 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
             if size is not None:
                 image = image.resize(size, pil.Resampling.BILINEAR)
             pixels = torch.from_numpy(np.array(image))
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder makes of a broken file
         raise ValueError(f"{path} is no image that can be read: {error}") from error
     pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return pixels.expand(3, -1, -1) if channels == 3 and len(pixels) == 1 else pixels
@@ -109,7 +116,8 @@ def read_folder(
 ) -> Images:  # fmt: skip
     """All images below ``folder``/CLASS; what cannot be read is told to ``skip``, or fatal."""
     files = [(file, label) for label, name in enumerate(classes)
-             for file in sorted((folder / name).rglob("*")) if _is_file(file)]  # fmt: skip
+             for file in sorted((folder / name).rglob("*"))
+             if file.is_file() and not _is_hidden(file.relative_to(folder))]  # fmt: skip
 
     def read(file: Path) -> Tensor | str:
         try:
@@ -139,13 +147,13 @@ def read_folder(
     return Images(torch.stack(images), torch.tensor([label for _, _, label in good]))
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _class_names(folder: Path) -> list[str]:
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     except OSError as error:
         raise SetupError(f"data.folder {folder} cannot be read: {error.strerror}") from error
     if not names:
@@ -169,6 +177,9 @@ def load(config: Data, say: Callable[[str], None] = print) -> Splits:
         raise SetupError("data.name=folder needs data.folder")
     elif (folder / "train").is_dir():
         classes = _class_names(folder / "train")
+        for part in ("val", "test"):
+            if unknown := sorted({*_class_names(folder / part)} - {*classes}):
+                raise SetupError(f"train has no class {', '.join(unknown)}, {folder / part} has")
         parts = [read_folder(folder / part, classes, *how) for part in ("train", "val", "test")]
         if len({part.images.shape[1:] for part in parts}) > 1:
             raise SetupError("train, val and test differ in shape: set data.size and data.channels")
@@ -193,7 +204,7 @@ def _split(everything: Images, config: Data) -> list[Images]:
         try:
             rest, part = split(rest, test_size=max(1, round(share * len(everything))), **how)
         except ValueError as error:
-            raise SetupError(f"the images cannot be split: {error}") from error
+            raise SetupError(f"{config.folder or config.name} cannot be split: {error}") from error
         parts.append(part)
     return [everything.at(torch.tensor(part)) for part in (rest, parts[1], parts[0])]
 
@@ -243,9 +254,8 @@ def batches(
     data: Dataset[Any], index: Sequence[list[int]], workers: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images (n, channels, H, W) in [0, 1], labels (n,) and numbers (n,) for each list of these."""
-    return iter(
-        DataLoader(
-            _Numbered(data), batch_sampler=index, num_workers=workers, collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else each iterator draws a number from the global one
-        )
-    )  # fmt: skip
+    # Without a generator, PyTorch draws the workers' seed from the global one at every call, and a
+    # run that goes on within an epoch would differ from one that was never stopped.
+    generator = torch.Generator().manual_seed(hash(tuple(map(tuple, index[:1]))))
+    how: dict[str, Any] = {"batch_sampler": index, "num_workers": workers, "generator": generator}
+    return iter(DataLoader(_Numbered(data), collate_fn=_as_it_is, **how))

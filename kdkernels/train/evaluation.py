@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from kdkernels.train import distributed
 from kdkernels.train.data import Labelled, as_dataset, batches
 from kdkernels.train.errors import SetupError
+
 
 @dataclass
 class Evaluation:
@@ -34,7 +34,7 @@ def evaluate(
     data = as_dataset(data)
     distributed.same_buffers(model)
     model.eval()
-    device, count = next(model.parameters()).device, len(data)  # type: ignore[arg-type]
+    device, count = next(model.parameters()).device, len(data)
     index = list(range(count))[distributed.rank() :: distributed.world_size()]
     parts = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
     loss, confusion = torch.zeros((), dtype=torch.float64, device=device), torch.zeros(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -117,6 +118,8 @@ def small(
     ``stem_stride=2`` makes 28x28 pixels a quarter of the work. ``dropout``: before the last layer.
     """
     stem, stages, features = MODELS[name](**options)
+    if min(stem, stem_stride) < 1:
+        raise ValueError("width and stem_stride must be at least 1")
     parts = {
         "stem": _conv_bn(channels, stem, 3, stem_stride),
         "stages": nn.Sequential(*stages),
@@ -152,7 +155,9 @@ def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn
     """
     kind, _, rest = name.partition(":")
     if not rest and name not in MODELS:
-        raise SetupError(f"no model {name!r}{nearest(name, MODELS)} There are {', '.join(MODELS)}")
+        raise SetupError(
+            f"no model {name!r}{nearest(name, MODELS)}\nbuilt in are {', '.join(MODELS)}"
+        )
     try:
         if kind == "timm":
             options = {"num_classes": classes, "in_chans": channels, **options}
@@ -173,9 +178,25 @@ def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
     transformers = require("transformers", "transformers", "hf")
     auto = transformers.AutoModelForImageClassification
     if Path(name).is_dir():
-        local = {"local_files_only": True, "use_safetensors": True}
-        return _Logits(auto.from_pretrained(name, **local, **options))
-    return _Logits(auto.from_config(transformers.AutoConfig.for_model(name, **options)))
+        how = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        anew = options.pop("ignore_mismatched_sizes", False)
+        model, found = auto.from_pretrained(name, **how, ignore_mismatched_sizes=True, **options)
+        wrong = [
+            f"{key} is {tuple(there)} and {tuple(here)} in the model"
+            for key, there, here in sorted(found["mismatched_keys"])
+        ]
+        if wrong and not anew:
+            wrong.append("the option ignore_mismatched_sizes = true makes these anew")
+            raise SetupError(f"{name} does not fit the model: {'; '.join(wrong)}")
+        return _Logits(model)
+    if name not in (known := transformers.CONFIG_MAPPING):
+        near = nearest(name, known)
+        raise SetupError(f"no folder and no model of Transformers is called {name}{near}")
+    usual = known[name]()
+    for key in options:  # a configuration takes whatever is given
+        if key != "num_channels" and not hasattr(usual, key):
+            raise SetupError(f"model hf:{name} takes no {key}{nearest(key, vars(usual))}")
+    return _Logits(auto.from_config(known[name](**options)))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -191,9 +212,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             weights = safetensors.load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text is advice to execute what is in there
+        raise SetupError(f"{path} is broken, or holds more than tensors") from error
     except Exception as error:  # OSError, or what the two formats make of a broken file
-        raise SetupError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+        reason = str(error) or repr(error)
+        raise SetupError(f"{path} cannot be read: {reason.splitlines()[0]}") from error
+    if isinstance(weights, dict):
+        weights = weights.get("state_dict", weights)
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise SetupError(f"{path} holds something else than tensors by their names")
     own = model.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
     wrong += [f"{name} is not in the model" for name in weights.keys() - own.keys()]

@@ -23,7 +23,7 @@ from kdkernels.train.augment import mix, pipeline
 from kdkernels.train.callbacks import Callback
 from kdkernels.train.checkpoints import Checkpoints, random_states, set_random_states
 from kdkernels.train.config import Config
-from kdkernels.train.data import UNLABELLED, Images, batches
+from kdkernels.train.data import UNLABELLED, batches
 from kdkernels.train.distill import Distillation, Teachers
 from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError
 from kdkernels.train.evaluation import Labelled, evaluate
@@ -93,9 +93,9 @@ class Trainer:
         self.device = distributed.device(training.device)
         self.normalize = (normalize or nn.Identity()).to(self.device)
         size, world = training.batch_size, distributed.world_size()
-        if size < 2 * world or len(self.train_data) < 2 * world:  # type: ignore[arg-type]
+        if size < 2 * world or len(self.train_data) < 2 * world:
             raise SetupError("batch normalisation needs two images per process, in every batch")
-        self.steps_per_epoch = steps_per_epoch or max(1, -(-len(self.train_data) // size))  # type: ignore[arg-type]
+        self.steps_per_epoch = steps_per_epoch or max(1, -(-len(self.train_data) // size))
         first = next(batches(self.train_data, [[0, 1]], 0))[0].to(self.device)
         self.augment = pipeline(self.config.augment, first.shape[1])
         models = [teacher] if isinstance(teacher, nn.Module) else teacher
