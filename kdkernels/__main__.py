@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
             cli.add_options(name, command)
     arguments, unknown = parser.parse_known_args(given)
+    if arguments.command != given[0]:  # nothing is added to what comes before the command
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command != "info":
         return cli.run(arguments.command, arguments, unknown)
     if unknown:

@@ -88,7 +88,7 @@ def test_the_same_seed_makes_the_same_model():
     [
         ("resnet9", "no model 'resnet9'; did you mean resnet8?"),
         ("mobilnet1", "did you mean mobilenet1?"),
-        ("zzz", "no model 'zzz'\nbuilt in are resnet8, "),
+        ("zzz", "no model 'zzz' (built in: resnet8, "),
         ("", "no model ''"),
         ("timm:", "no model 'timm:'"),
         ("hf:", "no model 'hf:'"),

@@ -439,7 +439,7 @@ def test_nan_stops_and_says_where(images, tmp_path):
     message = str(stopped.value)
     assert message.startswith("step 6 has loss nan, soft nan, hard nan; last good checkpoint: ")
     assert message.endswith("step-00000004.pt")
-    good = read(tmp_path / "step-00000004.pt")["objective"]
+    good = read(tmp_path / "step-00000004.pt")["parts"]["objective"]
     assert all(value.isfinite().all() for value in good.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kdkernels.divergences import DIVERGENCES
 from kdkernels.modules import FusedKDLoss
 from kdkernels.train.errors import SetupError, nearest
 
@@ -26,6 +28,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[int, Field(ge=0, lt=30)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=0, le=256)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
 Schedule = Literal["constant", "linear", "cosine", "step"]
 CacheFormat = Literal["none", "float16", "float32"]
@@ -69,7 +72,7 @@ class Data(Section):
 
 
 class Augment(Section):
-    crop: Natural = option(2, "pixels by which images are moved at most, zeros coming in")
+    crop: Pixels = option(2, "pixels by which images are moved at most, zeros coming in")
     flip: Share = option(0.0, "probability of a horizontal flip")
     rotation: Degrees = option(0.0, "degrees, at most")
     color: Share = option(0.0, "strength of brightness and contrast, saturation and hue in RGB")
@@ -193,13 +196,17 @@ class Config(Section):
 def make_loss(options: dict[str, Any]) -> FusedKDLoss:
     """FusedKDLoss as a configuration has it.
 
-    Images without a label are distilled unless ``distill_ignored`` says otherwise.
+    Images without a label are distilled, unless ``distill_ignored`` says otherwise or the objective
+    is one of the label (``"dkd"``).
 
     Raises:
         ValueError: what FusedKDLoss has to say of an option.
     """
-    given = {"distill_ignored": True, **options}
     try:
+        divergence = options.get("divergence", ())
+        names = {divergence} if isinstance(divergence, str) else {*divergence}
+        of_the_label = any(DIVERGENCES[name].labelled for name in names & DIVERGENCES.keys())
+        given = {"distill_ignored": not of_the_label, **options}
         if isinstance(given.get("weight"), list):
             given["weight"] = torch.tensor([float(one) for one in given["weight"]])
         return FusedKDLoss(**given, return_terms=True)
@@ -228,7 +235,7 @@ def load(path: Path | None = None, changes: dict[str, Any] | None = None) -> Con
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
                 raise SetupError(f"{section} must be a table, got {table!r}")
-        table[name] = value
+        table[name] = copy.deepcopy(value)
     try:
         content = tomllib.loads(tomli_w.dumps(content).encode().decode())
     except (TypeError, ValueError, RecursionError) as error:

@@ -31,14 +31,14 @@ def evaluate(
     Raises:
         SetupError: a label that is not a class of the model, or fewer images than processes.
     """
-    data = as_dataset(data)
+    dataset = as_dataset(data)
     distributed.same_buffers(model)
     model.eval()
-    device, count = next(model.parameters()).device, len(data)
+    device, count = next(model.parameters()).device, len(dataset)
     index = list(range(count))[distributed.rank() :: distributed.world_size()]
     parts = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
     loss, confusion = torch.zeros((), dtype=torch.float64, device=device), torch.zeros(0)
-    for images, labels, _ in batches(data, parts, 0):
+    for images, labels, _ in batches(dataset, parts, 0):
         images, labels = images.to(device), labels.to(device)
         logits = model(images if normalize is None else normalize(images)).float()
         classes = logits.shape[1]

@@ -156,7 +156,7 @@ def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn
     kind, _, rest = name.partition(":")
     if not rest and name not in MODELS:
         raise SetupError(
-            f"no model {name!r}{nearest(name, MODELS)}\nbuilt in are {', '.join(MODELS)}"
+            f"no model {name!r}{nearest(name, MODELS)} (built in: {', '.join(MODELS)})"
         )
     try:
         if kind == "timm":
@@ -184,7 +184,7 @@ def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
         wrong = [
             f"{key} is {tuple(there)} and {tuple(here)} in the model"
             for key, there, here in sorted(found["mismatched_keys"])
-        ]
+        ] + [f"{key} is missing" for key in sorted(found["missing_keys"])]
         if wrong and not anew:
             wrong.append("the option ignore_mismatched_sizes = true makes these anew")
             raise SetupError(f"{name} does not fit the model: {'; '.join(wrong)}")

@@ -23,10 +23,10 @@ from kdkernels.train.augment import mix, pipeline
 from kdkernels.train.callbacks import Callback
 from kdkernels.train.checkpoints import Checkpoints, random_states, set_random_states
 from kdkernels.train.config import Config
-from kdkernels.train.data import UNLABELLED, batches
+from kdkernels.train.data import UNLABELLED, Labelled, as_dataset, batches
 from kdkernels.train.distill import Distillation, Teachers
 from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError
-from kdkernels.train.evaluation import Labelled, evaluate
+from kdkernels.train.evaluation import evaluate
 
 
 @dataclass
