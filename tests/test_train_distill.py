@@ -113,6 +113,14 @@ def test_a_learned_temperature_has_the_gradient_of_the_loss(batch):
     torch.testing.assert_close(run.log_temperature.grad, 3 * temperature.grad)
 
 
+@pytest.mark.parametrize("divergence", ["dkd", "nkd", "wsld", {"dkd": 1.0, "forward_kl": 1.0}])
+def test_objectives_of_the_label_need_no_other_option(batch, divergence):
+    run = distillation(batch, loss={"divergence": divergence})
+    student, (teacher,) = run.student(batch[0]), run._teachers[0](batch[0])
+    expected = kd_loss(student, teacher, batch[1], divergence=divergence)
+    torch.testing.assert_close(run(*batch)["loss"], expected)
+
+
 def test_a_cached_teacher_goes_by_the_numbers_of_the_images(batch):
     teacher = network(4)
     logits = teacher(batch[0]).detach()

@@ -163,33 +163,52 @@ class Config(Section):
         return given
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> Config:
+    def _schedules_fit(self) -> Config:
         weights = {"hint_weight", "attention_weight"}
         known = weights | LOSS_OPTIONS.keys()
         for name, points in self.schedules.items():
             if name not in known:
                 raise ValueError(f"schedules.{name} is unknown{nearest(name, known)}")
-            if not points or [p for p, _ in points] != sorted({p for p, _ in points}):
+            epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
+            if not points or epochs != sorted(set(epochs)):
                 raise ValueError(f"schedules.{name}: epochs must increase")
-            for _, value in points if name not in weights else ():
-                try:
-                    make_loss(self.loss | {name: value})
-                except ValueError as error:
-                    raise ValueError(f"schedules.{name}: {error}") from error
-            if any(value < 0 for _, value in points):
+            if min(values) < 0:
                 raise ValueError(f"schedules.{name}: values must not be negative")
-        if self.data.validation + self.data.test >= 1:
-            raise ValueError("data.validation and data.test leave nothing to train on")
-        augment = self.augment
-        random = (augment.crop, augment.flip, augment.rotation, augment.color, augment.randaugment)
-        if self.teacher.cache != "none" and any(
-            (*random, augment.mixup, augment.cutmix, augment.fgsm)
-        ):
-            raise ValueError("teacher.cache needs images that stay as they are: augment.crop=0 ...")
-        if self.teacher.cache != "none" and (self.distill.hints or self.distill.attention):
-            raise ValueError("teacher.cache keeps logits alone: no distill.hints or attention")
-        if self.distill.learn_temperature and "temperature" in self.schedules:
-            raise ValueError("a temperature is either learned or scheduled")
+            try:
+                for value in values if name not in weights else ():
+                    make_loss(self.loss | {name: value})
+            except ValueError as error:
+                raise ValueError(f"schedules.{name}: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Config:
+        data, teacher, distill = self.data, self.teacher, self.distill
+        caches, learns = teacher.cache != "none", distill.learn_temperature
+        changes = self.augment.model_dump(exclude={"fgsm_share"})
+        refused = {
+            "data.validation and data.test leave nothing to train on": (
+                data.validation + data.test >= 1
+            ),
+            "data.folder, size and channels need data.name=folder": (
+                data.name != "folder" and bool(data.folder or data.size or data.channels)
+            ),
+            "teacher.cache needs images that stay as they are: augment.crop=0 ...": (
+                caches and any(changes.values())
+            ),
+            "teacher.cache is of one teacher's logits: no others, hints or attention": (
+                caches and bool(teacher.others or distill.hints or distill.attention)
+            ),
+            "teacher.cache_top_k needs teacher.cache": bool(teacher.cache_top_k) and not caches,
+            "a temperature is either learned or scheduled": learns
+            and "temperature" in self.schedules,
+            "a temperature that is learned starts from one number": (
+                learns and not isinstance(make_loss(self.loss).temperature, (int, float))
+            ),
+        }
+        for message, is_so in refused.items():
+            if is_so:
+                raise ValueError(message)
         return self
 
 

@@ -53,6 +53,7 @@ class Experiment:
         self.splits: Splits = load(config.data, say)
         self.normalize = Normalize(self.splits.mean, self.splits.std)
         self.steps = max(1, -(-len(self.splits.train) // config.training.batch_size))
+        self.top_k = min(config.teacher.cache_top_k, len(self.splits.classes))
         self.device = distributed.device(config.training.device)
         # What is wrong with the models is said now, and not when the teacher has been trained.
         teachers = [self.build(model) for model in (config.teacher, *config.teacher.others)]
@@ -144,15 +145,13 @@ class Experiment:
     def about(self, model: Model) -> dict[str, Any]:
         """What a model file says of itself."""
         splits = self.splits
-        shape = list(splits.train.images.shape[1:])
         said = {"name": model.name, "options": model.options, "data": self.config.data.model_dump()}
-        return {
-            **said,
-            "classes": splits.classes,
+        more = {
             "mean": splits.mean,
             "std": splits.std,
-            "shape": shape,
+            "shape": list(splits.train.images.shape[1:]),
         }
+        return {**said, "classes": splits.classes, **more}
 
     def callbacks(self, name: str, folder: Path) -> list[Callback]:
         if distributed.rank() > 0:
@@ -165,22 +164,18 @@ class Experiment:
     def cached(self, seed: int, teacher: nn.Module) -> torch.Tensor | TopKTeacher:
         """The teacher's logits of the training images, computed once and kept in the folder."""
         path = self.folder / f"seed{seed}" / "teacher-logits.safetensors"
-        options, safetensors = (
-            self.config.teacher,
-            require("safetensors.torch", "safetensors", "train"),
-        )
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            logits = self.logits(teacher).to(getattr(torch, options.cache))
-            tensors = {"logits": logits}
-            if options.cache_top_k:
-                top = TopKTeacher.from_logits(logits, options.cache_top_k)
+        safetensors, top_k = require("safetensors.torch", "safetensors", "train"), self.top_k
+        is_there = path.exists()
+        distributed.wait()  # or the first process has written it before another has looked
+        if not is_there:
+            tensors = {"logits": self.logits(teacher).to(getattr(torch, self.config.teacher.cache))}
+            if top_k:
+                top = TopKTeacher.from_logits(tensors["logits"], top_k)
                 tensors = {"values": top.values, "indices": top.indices}
             if distributed.rank() == 0:
                 write(path, safetensors.save(tensors))
             distributed.wait()
         tensors = safetensors.load_file(path)
-        top_k = options.cache_top_k
         return TopKTeacher(tensors["values"], tensors["indices"]) if top_k else tensors["logits"]
 
     @torch.no_grad()
