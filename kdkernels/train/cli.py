@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -27,33 +28,27 @@ from kdkernels.train.search import search
 
 def add_options(command: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of a command to its parser."""
-    parser.usage = "%(prog)s [options]"  # argparse prints it above every error: keep it one line
+    add = partial(parser.add_argument, type=Path, metavar="DIR")
+    usage = {"predict": " RUN IMAGE ...", "evaluate": " RUN", "export": " RUN"}.get(command, "")
+    parser.usage = f"%(prog)s{usage} [options]"  # argparse prints it above errors: one line
+    if usage:
+        add("model", metavar="RUN", help="folder of a run, or model.safetensors")
     if command in ("train", "search"):
-        parser.add_argument(
-            "--config", type=Path, metavar="FILE", help="TOML file with any of these"
-        )
-        parser.add_argument(
-            "--out", type=Path, metavar="DIR", help="folder, new or empty (runs/...)"
-        )
+        add("--config", metavar="FILE", help="TOML file with any of these")
         for name, (annotation, text) in options().items():
-            flag = {"nargs": "?", "const": "true"} if annotation is bool else {}
-            text = text.replace("%", "%%")
-            parser.add_argument(f"--{name}", metavar="VALUE", help=text, **flag)  # type: ignore[arg-type]
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if annotation is bool else {}
+            help = text.replace("%", "%%")
+            parser.add_argument(f"--{name}", metavar="VALUE", help=help, **flag)
+    if command in ("train", "search", "export"):
+        add("--out", help="new folder (runs/...); of an export: any (beside the model)")
     if command == "train":
-        parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+        add("--resume", help="go on with the run in this folder")
     if command == "search":
         parser.add_argument("--trials", type=int, default=20, help="in all, earlier ones included")
-    if command in ("evaluate", "predict", "export"):
-        parser.usage = f"%(prog)s RUN{' IMAGE ...' if command == 'predict' else ''} [options]"
-        parser.add_argument(
-            "model", type=Path, metavar="RUN", help="run folder or model.safetensors"
-        )
     if command == "evaluate":
-        parser.add_argument("--folder", type=Path, help="of images, a folder per class")
+        add("--folder", help="images, a folder per class (the test images of the run)")
     if command == "predict":
-        parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    if command == "export":
-        parser.add_argument("--out", type=Path, metavar="DIR", help="(beside the model)")
+        add("images", nargs="+", metavar="IMAGE")
 
 
 def run(command: str, given: argparse.Namespace, unknown: list[str]) -> int:

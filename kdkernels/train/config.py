@@ -271,24 +271,15 @@ def checked(content: dict[str, Any]) -> Config:
 
 
 def _in_words(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    where = ".".join(path) or "configuration"
+    where = ".".join(map(str, error["loc"])) or "configuration"
     if error["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in path[:-1]:
-            field = getattr(section, "model_fields", {}).get(part)
-            section = field.annotation if field else None
-        names = getattr(section, "model_fields", {})
-        prefix = "".join(f"{part}." for part in path[:-1])
-        return f"unknown option {where}{nearest(where, [prefix + name for name in names])}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {error['input']!r}"
+        return f"unknown option {where}{nearest(where, [*options(), *Config.model_fields])}"
+    given = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{given}"
 
 
 def parse(text: str, annotation: Any) -> Any:
-    """A value on the command line: text where the option is text, TOML if it is any, or text."""
+    """A value on the command line: TOML, if it is any and the option is no text."""
     if annotation is str:
         return text
     try:
