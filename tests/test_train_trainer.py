@@ -214,6 +214,14 @@ def test_images_without_a_label_teach(images):
         ({"training": {"accumulate": 2}}, False),
         ({"training": {"accumulate": 4}, "loss": {"distill_ignored": False}}, False),
         ({"training": {"accumulate": 3}, "loss": {"weight": [1.0, 2.0, 3.0]}}, False),
+        (
+            {
+                "training": {"accumulate": 2},
+                "loss": {"distill_ignored": False},
+                "distill": {"hints": {"1": "5"}},
+            },
+            False,
+        ),
         ({"training": {"batch_size": 5}}, True),
     ],
 )

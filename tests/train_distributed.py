@@ -15,10 +15,13 @@ from kdkernels.train.data import UNLABELLED
 CASES = {
     "labels alone": {},
     "distilled": {"teacher": True},
-    "several parts of a batch": {"teacher": True, "training": {"accumulate": 2}},
+    "several parts of a batch": {"teacher": True, "training": {"batch_size": 8, "accumulate": 2}},
+    "of 5 and 4 images": {"teacher": True, "training": {"batch_size": 9, "accumulate": 4}},
     "hints": {"teacher": True, "distill": {"hints": {"2": "2"}, "learn_temperature": True}},
+    "labelled images alone": {"teacher": True, "loss": {"distill_ignored": False},
+                              "distill": {"hints": {"2": "2"}}},
     "class weights": {"teacher": True, "loss": {"weight": [1.0, 2.0, 3.0]}},
-}
+}  # fmt: skip
 
 
 class Records(Callback):

@@ -18,7 +18,7 @@ from kdkernels.train.errors import SetupError, nearest
 from kdkernels.train.models import matching
 
 Mixed = tuple[Tensor, float] | None
-Items = tuple[float, float] | None
+Items = tuple[float, float, float] | None
 
 
 class Teachers(nn.Module):
@@ -144,9 +144,10 @@ class Distillation(nn.Module):
         Args:
             index: the numbers of the images in the training set, which a cached teacher goes by.
             mixed: other labels and the share of the first ones, of images that were mixed.
-            items: by which the sums over images and over labelled images are divided, if not by
-                those of this batch.
+            items: by which the sums over images that are distilled, over labelled images and over
+                all are divided, if not by those of this batch.
         """
+        share = len(images) / items[2] if items else 1.0
         logits = self.student(images)
         if self._teachers[0] is None:
             terms = self._supervised(logits, labels, mixed, items)
@@ -154,8 +155,10 @@ class Distillation(nn.Module):
             terms = self._distilled(logits, self._teacher(images, index), labels, mixed, items)
         for kind, compare in (("hint", self._hint), ("attention", self._attention)):
             if self._taps[kind]:
-                terms[kind] = compare() * (len(images) / items[0] if items else 1.0)
+                terms[kind] = compare() * share
                 terms["loss"] = terms["loss"] + self.weights[kind] * terms[kind]
+        if self.log_temperature is not None:
+            terms["temperature"] = self.log_temperature.detach().exp() * share
         return terms
 
     def _teacher(self, images: Tensor, index: Tensor) -> Tensor | TopKTeacher | list[Tensor]:
@@ -180,23 +183,23 @@ class Distillation(nn.Module):
     def _distilled(
         self, logits: Tensor, teacher: Any, labels: Tensor, mixed: Mixed, items: Items
     ) -> dict[str, Tensor]:
-        extra = {}
         if self.log_temperature is not None:
-            temperature = self.log_temperature.exp()
-            setattr(self.loss_fn, "temperature", temperature)  # noqa: B010
-            extra["temperature"] = temperature.detach()
+            setattr(self.loss_fn, "temperature", self.log_temperature.exp())  # noqa: B010
         if mixed is None:
-            return self._loss(logits, teacher, labels, num_items=items) | extra
+            return self._loss(logits, teacher, labels, items)
         # The loss is linear in the shares of the two labels; the divergence has none of them.
         terms = []
         for y, share in ((labels, mixed[1]), (mixed[0], 1 - mixed[1])):
             weight = torch.full_like(y, share, dtype=torch.float32)
-            terms.append(self._loss(logits, teacher, y, sample_weight=weight, num_items=items))
-        return {name: terms[0][name] + terms[1][name] for name in terms[0]} | extra
+            terms.append(self._loss(logits, teacher, y, items, sample_weight=weight))
+        return {name: terms[0][name] + terms[1][name] for name in terms[0]}
 
-    def _loss(self, *tensors: Any, **more: Any) -> dict[str, Tensor]:
+    def _loss(
+        self, logits: Tensor, teacher: Any, labels: Tensor, items: Items, **more: Any
+    ) -> dict[str, Tensor]:
+        counts = items and items[:2]
         try:
-            return self.loss_fn(*tensors, **more)._asdict()  # type: ignore[no-any-return]
+            return self.loss_fn(logits, teacher, labels, num_items=counts, **more)._asdict()  # type: ignore[no-any-return]
         except (TypeError, ValueError) as error:  # options that do not go together, shapes
             raise SetupError(f"loss: {error}") from error
 

@@ -24,7 +24,7 @@ from kdkernels.train.callbacks import Callback
 from kdkernels.train.checkpoints import Checkpoints, random_states, set_random_states
 from kdkernels.train.config import Config
 from kdkernels.train.data import UNLABELLED, Labelled, as_dataset, batches
-from kdkernels.train.distill import Distillation, Teachers
+from kdkernels.train.distill import Distillation, Items, Teachers
 from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError
 from kdkernels.train.evaluation import evaluate
 
@@ -162,7 +162,9 @@ class Trainer:
             rate = self.options.learning_rate * self._rate(self.epoch + self.batch / len(order))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            terms = self._train_step(images.to(self.device), labels.to(self.device), index)
+            # As many in every process, or they wait for each other, and no part of one image.
+            parts = min(self.options.accumulate, len(order[self.batch]) // (2 * world))
+            terms = self._train_step(images.to(self.device), labels.to(self.device), index, parts)
             self.step, self.batch = self.step + 1, self.batch + 1
             record = {"step": self.step, "epoch": self.epoch + 1, **terms, "learning_rate": rate}
             speed = len(images) * world / (time.perf_counter() - began)
@@ -185,7 +187,9 @@ class Trainer:
             "step": 0.1 ** ((share >= 0.5) + (share >= 0.75)),
         }[options.schedule]
 
-    def _train_step(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, float]:
+    def _train_step(
+        self, images: Tensor, labels: Tensor, index: Tensor, parts: int
+    ) -> dict[str, float]:
         """One step of the optimiser, or none where a loss is not finite and may be skipped."""
         self.module.train()
         images, mixed = mix(self.augment(images), labels, self.config.augment)
@@ -195,10 +199,10 @@ class Trainer:
         skips = self.options.nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.objective.buffers()] if skips else []
         self.optimizer.zero_grad(set_to_none=True)
-        items = self._items(labels, mixed)
+        items = self._items(labels, mixed, parts)
         totals: dict[str, Tensor] = {}
         kind = torch.float16 if self.options.amp == "float16" else torch.bfloat16
-        for part in torch.arange(len(images), device=self.device).chunk(self.options.accumulate):
+        for part in torch.arange(len(images), device=self.device).tensor_split(parts):
             others = None if mixed is None else (mixed[0][part], mixed[1])
             with torch.autocast(self.device.type, kind, enabled=self.options.amp != "off"):
                 terms = self.module(images[part], labels[part], index[part.cpu()], others, items)
@@ -216,19 +220,20 @@ class Trainer:
                 buffer.copy_(before)
         return values
 
-    def _items(self, labels: Tensor, mixed: Any) -> tuple[float, float] | None:
-        """By what the sums over images and labelled images are divided, in each process."""
+    def _items(self, labels: Tensor, mixed: Any, parts: int) -> Items:
+        """By what the sums over images that are distilled, that have a label, and over all are
+        divided, in each process."""
         world = distributed.world_size()
-        if world == 1 and self.options.accumulate == 1 and mixed is None:
+        if world == 1 and parts == 1 and mixed is None:
             return None  # a mean
-        counts = torch.tensor([len(labels), 0.0], device=self.device, dtype=torch.float64)
+        counts = torch.full((3,), len(labels), device=self.device, dtype=torch.float64)
         weight = self.objective.loss_fn.weight
         known = labels[labels != UNLABELLED]
         counts[1] = len(known) if weight is None else weight[known].sum()
         if not self.objective.loss_fn.distill_ignored:
             counts[0] = len(known)
-        images, labelled = distributed.sum(counts).tolist()
-        return max(images, 1) / world, max(labelled, 1e-6) / world
+        distilled, labelled, images = (distributed.sum(counts) / world).tolist()
+        return max(distilled, 1 / world), max(labelled, 1e-6), images
 
     def _adversarial(self, images: Tensor, labels: Tensor, index: Tensor, mixed: Any) -> Tensor:
         """A share of the images, moved along the sign of the gradient of their loss."""
