@@ -25,9 +25,10 @@ pytest.importorskip("tensorboard")
 from kdkernels.__main__ import main
 from kdkernels.train import config as configuration
 from kdkernels.train import data, experiment
-from kdkernels.train.checkpoints import load_model
+from kdkernels.train.checkpoints import load_model, save_model
 from kdkernels.train.errors import SetupError
 from kdkernels.train.experiment import Experiment
+from kdkernels.train.models import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -481,6 +482,15 @@ def test_info_and_help_import_no_more_than_they_need():
            "assert not {'kdkernels.train', 'pydantic'} & set(sys.modules)"  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+
+
+def test_weights_that_are_one_tensor_are_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    save_model(tmp_path / "model.safetensors", model, {})
+    again = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    load_weights(again, tmp_path / "model.safetensors")
+    assert same(model.state_dict(), again.state_dict())
 
 
 def test_any_module_may_be_taught(tmp_path, monkeypatch):

@@ -574,6 +574,25 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(images, tmp
     assert same(whole.model.state_dict(), run.model.state_dict())
 
 
+def test_a_truncated_checkpoint_does_not_take_the_place_of_a_good_one(images, tmp_path):
+    trainer(images, folder=tmp_path, training={"epochs": 2}).fit()
+    last = tmp_path / "step-00000008.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(5, {"good": 1})
+    assert checkpoints.latest(lambda text: None) == {"good": 1}
+
+
+def test_the_best_weights_are_those_that_the_checkpoint_knows_of(images, tmp_path):
+    """Killed between the two files, a run has better weights than its last checkpoint."""
+    run = trainer(images, folder=tmp_path)
+    run.fit()
+    Checkpoints(tmp_path, 2).save_best({n: v + 1 for n, v in run.model.state_dict().items()})
+    resumed = trainer(images, folder=tmp_path)
+    assert resumed.fit() == run.result
+    assert same(resumed.model.state_dict(), run.model.state_dict())
+
+
 def test_no_readable_checkpoint_is_an_error(images, tmp_path):
     trainer(images, folder=tmp_path, training={"epochs": 1}).fit()
     for path in tmp_path.glob("step-*"):

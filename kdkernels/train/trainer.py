@@ -308,18 +308,17 @@ class Trainer:
         return {
             "place": [self.epoch, self.batch, self.step, self.skipped],
             "result": vars(self.result),
+            "best": self._best,
             "random": random_states(),
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.step, self.skipped = state["place"]
-        self.result = Result(**state["result"])
+        self.result, self._best = Result(**state["result"]), state["best"]
         for name, part in self._parts().items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
-        if self.result.epoch and self.checkpoints:
-            self._best = self.checkpoints.best()
         set_random_states(state["random"])
 
     @contextmanager
