@@ -493,6 +493,45 @@ def test_weights_that_are_one_tensor_are_saved(tmp_path):
     assert same(model.state_dict(), again.state_dict())
 
 
+OWN = {
+    "vector": "nn.Flatten(0)",
+    "maps": "nn.Conv2d(channels, classes, 1)",
+    "pair": "nn.LSTM(8, classes)",
+    "large": "nn.Conv2d(channels, classes, 20)",
+    "nine": "nn.Sequential(nn.Flatten(), nn.Linear(64, 9))",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student.name", "my_models:vector"], "the student returns (128,) and not the logits"),
+        (["--student.name", "my_models:maps"], "the student returns (2, 10, 8, 8) and not"),
+        (["--teacher.name", "my_models:large"], "the teacher does not take images of (1, 8, 8): "),
+        (["--student.name", "my_models:pair"], "the student "),
+        (["--student.name", "my_models:nine"], "loss: "),
+        (["--data.labelled", "5"], "data.labelled must be from 10"),
+        (["--loss.divergence", "dist", "--training.accumulate", "2"], "num_items do not go togeth"),
+        (["--loss.weight", "[1.0, 2.0]"], "loss: weight"),
+        (["--loss.backend", "cuda"], "loss: "),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_before_a_teacher_is_trained(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    functions = [f"def {name}(classes, channels): return {made}\n" for name, made in OWN.items()]
+    (tmp_path / "my_models.py").write_text("from torch import nn\n" + "".join(functions))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    monkeypatch.setattr(Experiment, "teachers", lambda self, seed: pytest.fail("too late"))
+    nothing = ["--student.options", "{}", "--teacher.options", "{}"]
+    assert train(tmp_path / "run", *nothing, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_any_module_may_be_taught(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(
         "from torch import nn\n"

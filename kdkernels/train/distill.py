@@ -102,9 +102,9 @@ class Distillation(nn.Module):
             for path, their_path in pairs.items():
                 tapped = (_Tap(student, path), _Tap(teachers.models[0], their_path))
                 self._taps[kind].append(tapped)
-        with torch.no_grad():
-            student.eval()(example)
-            teachers(example)
+        _check("student", student.eval(), example)
+        for teacher in teachers.models:
+            _check("teacher", teacher, example)
         for kind, taps in self._taps.items():
             for ours, theirs in taps:
                 dims = {ours.output.dim(), theirs.output.dim()}
@@ -221,6 +221,21 @@ class Distillation(nn.Module):
             maps = [F.normalize(_as_large_as(theirs.output, e).flatten(1)) for e in energies]
             losses.append((maps[0] - maps[1]).square().mean() / 2)
         return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def _check(name: str, model: nn.Module, images: Tensor) -> None:
+    """Raise SetupError where a model is none from these images to logits."""
+    try:
+        logits = model(images)
+    except SetupError:
+        raise
+    except Exception as error:  # whatever a model makes of images that it does not take
+        shape = tuple(images.shape[1:])
+        raise SetupError(f"the {name} does not take images of {shape}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(images), logits.shape[-1]):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise SetupError(f"the {name} returns {found} and not the logits (N, C) of N images")
 
 
 def _as_large_as(image: Tensor, other: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from kdkernels.train.checkpoints import Normalize, save_model, write
 from kdkernels.train.config import Config, Distill, Model, Student
 from kdkernels.train.data import UNLABELLED, Images, Splits, batches, hide_labels, load
 from kdkernels.train.distill import Distillation, Teachers
-from kdkernels.train.errors import require
+from kdkernels.train.errors import SetupError, require
 from kdkernels.train.evaluation import evaluate
 from kdkernels.train.models import build, load_weights
 from kdkernels.train.trainer import Trainer, seed_everything
@@ -55,10 +55,28 @@ class Experiment:
         self.steps = max(1, -(-len(self.splits.train) // config.training.batch_size))
         self.top_k = min(config.teacher.cache_top_k, len(self.splits.classes))
         self.device = distributed.device(config.training.device)
-        # What is wrong with the models is said now, and not when the teacher has been trained.
+        self.try_out()
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Say what is wrong with models and loss now, and not when the teacher has been trained.
+
+        Raises:
+            SetupError: see there.
+        """
+        config, last = self.config, len(self.splits.classes) - 1
+        self.student_images(config.first_seed)
         teachers = [self.build(model) for model in (config.teacher, *config.teacher.others)]
-        example = self.normalize(self.splits.train[:2][0])
-        Distillation(self.build(config.student), Teachers(teachers), config, example)
+        images = self.normalize.to(self.device)(self.splits.train[:2][0].to(self.device))
+        labels = torch.tensor([0, last], device=self.device)
+        objective = Distillation(self.build(config.student), Teachers(teachers), config, images)
+        mixed = (labels, 0.5) if config.augment.mixup or config.augment.cutmix else None
+        sums = mixed is not None or config.training.accumulate > 1 or distributed.world_size() > 1
+        items = (2.0, 2.0, 2.0) if sums else None
+        try:
+            objective.eval().to(self.device)(images, labels, torch.arange(2), mixed, items)
+        except RuntimeError as error:  # a backend that cannot run here
+            raise SetupError(f"loss: {error}") from error
 
     def run(self) -> dict[str, list[Outcome]]:
         """Every model of every seed; name to outcomes, one per seed."""
