@@ -26,7 +26,7 @@ from kdkernels.__main__ import main
 from kdkernels.train import config as configuration
 from kdkernels.train import data, experiment
 from kdkernels.train.checkpoints import load_model, save_model
-from kdkernels.train.errors import SetupError
+from kdkernels.train.errors import NonFiniteError, SetupError
 from kdkernels.train.experiment import Experiment
 from kdkernels.train.models import load_weights
 
@@ -406,6 +406,26 @@ def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
     assert out.endswith(f"kdkernels train --config {folder / 'best.toml'}\n")
 
 
+def test_a_trial_that_diverges_is_not_the_end_of_a_search(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    real, calls = Experiment.distilled, []
+
+    def diverges(self, seed, teachers):
+        calls.append(seed)
+        if len(calls) == 1:
+            raise NonFiniteError("step 1 has loss nan")
+        return real(self, seed, teachers)
+
+    monkeypatch.setattr(Experiment, "distilled", diverges)
+    command = ["search", *TINY, "--seeds", "1", "--out", str(tmp_path / "search"), "--trials"]
+    assert main([*command, "0"]) == 2
+    assert "of 0 trials none is complete" in capsys.readouterr().err
+    assert main([*command, "2"]) == 0
+    captured = capsys.readouterr()
+    assert "trial 0: step 1 has loss nan\ntrial 1:" in captured.out
+    assert captured.err == ""
+
+
 def test_models_are_listed(capsys):
     assert main(["models"]) == 0
     assert "resnet8 " in capsys.readouterr().out
@@ -468,6 +488,23 @@ def test_mistakes_are_one_line(command, message, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith(f"kdkernels {command[0]}: error: ")
+    assert error.count("\n") == 1
+
+
+def test_only_options_of_the_command_are_near(capsys):
+    assert main(["evaluate", "run", "--training.device", "cpu"]) == 2
+    assert capsys.readouterr().err.endswith("error: unknown option --training.device\n")
+    assert main(["evaluate", "run", "--fodler", "images"]) == 2
+    assert "did you mean --folder?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_a_place_where_nothing_can_be_written_is_named(command, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    (tmp_path / "file").write_text("")
+    assert main([command, *TINY, "--out", str(tmp_path / "file" / "run")]) in (2, 3)
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error
     assert error.count("\n") == 1
 
 

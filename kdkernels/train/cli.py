@@ -17,7 +17,7 @@ from kdkernels.train.checkpoints import load_model, write
 from kdkernels.train.config import Config, Data, dumps, load, options, parse
 from kdkernels.train.data import load as load_data
 from kdkernels.train.data import read_folder, read_image, to_float
-from kdkernels.train.errors import Interrupted, SetupError, TrainError, nearest
+from kdkernels.train.errors import Interrupted, SetupError, StorageError, TrainError, nearest
 from kdkernels.train.evaluation import evaluate
 from kdkernels.train.experiment import Experiment
 from kdkernels.train.export import export
@@ -55,14 +55,18 @@ def run(command: str, given: argparse.Namespace, unknown: list[str]) -> int:
     """Run a command; returns the exit code. A :class:`TrainError` becomes one line."""
     try:
         if unknown:
-            known = [f"--{name}" for name in (*options(), "config", "out", "resume", "trials")]
             wrong = unknown[0].split("=")[0]
-            raise SetupError(f"unknown option {wrong}{nearest(wrong, known)}")
+            raise SetupError(
+                f"unknown option {wrong}{nearest(wrong, (f'--{name}' for name in vars(given)))}"
+            )
         {"train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export,
          "search": _search, "models": _models}[command](given)  # fmt: skip
     except TrainError as error:
         print(f"kdkernels {command}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # where no folder can be made, TensorBoard finds the disk full, ...
+        print(f"kdkernels {command}: error: {error}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print(f"kdkernels {command}: stopped", file=sys.stderr)
         return 130  # what a shell reports for SIGINT

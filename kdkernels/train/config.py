@@ -88,6 +88,14 @@ class Model(Section):
     options: dict[str, Any] = option({}, "keyword arguments of the model: dropout, width, ...")
     weights: str = option("", "safetensors file, or torch file of tensors; empty: none")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_are_of_one_model(cls, given: Any) -> Any:
+        """Another model than the default has none of its options, which it may not even take."""
+        usual = cls.model_fields["name"].default
+        other = isinstance(given, dict) and given.get("name", usual) != usual
+        return {"options": {}, **given} if other else given
+
 
 class Student(Model):
     name: str = "mobilenet1"

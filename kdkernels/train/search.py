@@ -9,7 +9,7 @@ from typing import Any
 
 from kdkernels.train.checkpoints import write
 from kdkernels.train.config import Config, checked, dumps
-from kdkernels.train.errors import require
+from kdkernels.train.errors import NonFiniteError, SetupError, require
 from kdkernels.train.experiment import Experiment
 
 
@@ -43,7 +43,12 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
         }
         place = folder / f"trial{trial.number}"
-        outcome = Experiment(changed(values), place, lambda text: None).distilled(seed, teachers)
+        run = Experiment(changed(values), place, lambda text: None)
+        try:
+            outcome = run.distilled(seed, teachers)
+        except NonFiniteError as error:  # some learning rates are too high
+            say(f"trial {trial.number}: {error}")
+            raise optuna.TrialPruned() from error
         shutil.rmtree(place / f"seed{seed}" / "distilled" / "checkpoints")
         found = float(outcome.result["accuracy"])
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -52,8 +57,10 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
 
     complete = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
     # A sampler that depends on where the search goes on: what it has tried it is told by the study.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + complete)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     study.optimize(accuracy, n_trials=max(0, trials - complete))
+    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+        raise SetupError(f"of {trials} trials none is complete in {folder}")
     best = checked(changed(study.best_params).model_dump())
     write(folder / "best.toml", dumps(best))
     return best
