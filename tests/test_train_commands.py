@@ -166,6 +166,11 @@ def test_students_start_equal_and_take_as_many_steps(tiny_run, monkeypatch, tmp_
         "teacher": 1078, "distilled": 50, "alone": 50, "smoothed": 50}  # fmt: skip
 
 
+def test_a_batch_is_at_most_all_training_images(tmp_path):
+    config = tiny_config(training={"batch_size": 5000})
+    assert Experiment(config, tmp_path, quiet).config.training.batch_size == 1078
+
+
 def test_students_never_see_a_hidden_label(tmp_path, monkeypatch):
     """Corrupt all labels but those left to the student's owner: the same bits come out."""
     run = Experiment(tiny_config(), tmp_path / "honest", quiet)

@@ -250,6 +250,15 @@ def test_label_smoothing_is_that_of_cross_entropy(images):
     assert records.steps[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_without_a_teacher_it_is_the_cross_entropy_whatever_the_loss_is(images):
+    found = []
+    for loss in ({}, {"weight": [1.0, 2.0, 30.0]}):
+        records = Records()
+        trainer(images, loss=loss, training={"accumulate": 2}, callbacks=[records]).fit()
+        found.append([record["loss"] for record in records.steps])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_mixed_images_have_the_loss_of_both_labels(images, monkeypatch, name, with_teacher):

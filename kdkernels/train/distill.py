@@ -80,7 +80,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.config, self.cached = student, config, cached
         self._teachers = (teachers,)  # a tuple, which nn.Module does not look into
-        self.loss_fn = make_loss(config.loss)
+        self.loss_fn = make_loss(config.loss if teachers else {})
         distill = config.distill
         self.weights = {"hint": distill.hint_weight, "attention": distill.attention_weight}
         frozen = matching(student, config.student.freeze)

@@ -47,12 +47,16 @@ class Experiment:
     """All runs of a configuration, in a folder where each finds what it has left."""
 
     def __init__(self, config: Config, folder: Path, say: Callable[[str], None] = print) -> None:
-        self.config, self.folder, self.say = config, folder, say
+        self.folder, self.say = folder, say
         if config.training.threads:
             torch.set_num_threads(config.training.threads)
         self.splits: Splits = load(config.data, say)
         self.normalize = Normalize(self.splits.mean, self.splits.std)
-        self.steps = max(1, -(-len(self.splits.train) // config.training.batch_size))
+        # The student alone takes steps of as many images, and they come from a few labelled ones.
+        size = min(config.training.batch_size, len(self.splits.train))
+        training = config.training.model_copy(update={"batch_size": size})
+        self.config = config = config.model_copy(update={"training": training})
+        self.steps = max(1, -(-len(self.splits.train) // size))
         self.top_k = min(config.teacher.cache_top_k, len(self.splits.classes))
         self.device = distributed.device(config.training.device)
         self.try_out()
