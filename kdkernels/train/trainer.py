@@ -170,9 +170,10 @@ class Trainer:
             speed = len(images) * world / (time.perf_counter() - began)
             for callback in self.callbacks:
                 callback.step(self, record, speed)
+            stop = distributed.largest(self._signal)
             every = self.options.checkpoint_every
-            if self.batch < len(order) and (self._signal or (every and self.step % every == 0)):
-                self._save()
+            if self.batch < len(order) and (stop or (every and self.step % every == 0)):
+                self._save(stop)
 
     def _rate(self, epoch: float) -> float:
         """The factor of the learning rate, in [0, 1]."""
@@ -288,15 +289,16 @@ class Trainer:
                   "validation_accuracy": found.accuracy}  # fmt: skip
         for callback in self.callbacks:
             callback.epoch(self, record)
-        self._save()
+        self._save(distributed.largest(self._signal))
 
-    def _save(self) -> None:
-        """Write a checkpoint; after it, act on a signal."""
+    def _save(self, stop: int) -> None:
+        """Write a checkpoint; after it, act on a signal that any process has got."""
         if self.checkpoints and distributed.rank() == 0:
             self.checkpoints.save(self.step, self._state())
-        if self._signal:
-            name = signal.Signals(self._signal).name
-            raise Interrupted(self._signal, f"{name} at step {self.step}: {self._last_good()}")
+        if stop:
+            distributed.wait()
+            name = signal.Signals(stop).name
+            raise Interrupted(stop, f"{name} at step {self.step}: {self._last_good()}")
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
@@ -319,7 +321,10 @@ class Trainer:
         for name, part in self._parts().items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
-        set_random_states(state["random"])
+        if distributed.rank() == 0:
+            set_random_states(state["random"])
+        else:  # the state is the first process's, and no other is to draw the same numbers
+            seed_everything(self.seed + self.step, distributed.rank())
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
