@@ -642,6 +642,15 @@ def test_metrics_are_lines_of_json(images, tmp_path):
     assert [line["step"] for line in lines if "validation_accuracy" in line] == [4, 8, 12]
 
 
+def test_what_is_not_finite_is_null_in_json(images, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run = trainer(images, net=poisoned(images, 2), callbacks=[JsonLines(path)],
+                  training={"nonfinite": "skip", "log_every": 1})  # fmt: skip
+    run.fit()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.open()]
+    assert [line["loss"] is None for line in lines[:3]] == [False, True, False]
+
+
 def test_tensorboard_has_the_terms_and_the_accuracy(images, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,8 @@ class JsonLines(Callback):
             self.epoch(trainer, record)
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self._write((json.dumps(record) + "\n").encode())
+        finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
+        self._write((json.dumps(finite) + "\n").encode())  # JSON has no NaN
 
     def _write(self, line: bytes) -> None:
         try:

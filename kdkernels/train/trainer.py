@@ -56,7 +56,8 @@ class Trainer:
         train_data: a dataset of (image, label), or the tensors (N, channels, H, W) and (N,). Pixels
             are uint8, or floating point in [0, 1]. The label -100 is no label.
         val_data: the same, with all labels; chooses the epoch whose weights are kept.
-        config: sections ``augment``, ``loss``, ``distill``, ``schedules`` and ``training`` count.
+        config: sections ``augment``, ``loss``, ``distill``, ``schedules`` and ``training`` count,
+            ``student.freeze`` and ``data.workers``.
         normalize: applied to the images in [0, 1] before the models. Default: nothing.
         callbacks: told what happens.
         folder: where checkpoints are kept, and found again if there are any. None: nowhere.
@@ -156,8 +157,8 @@ class Trainer:
         size, seed = self.options.batch_size, self.seed * 1_000_003 + self.epoch
         order = epoch_order(len(self.train_data), self.steps_per_epoch, size, seed, 2 * world)
         rest = [batch[rank::world] for batch in order[self.batch :]]
+        began = time.perf_counter()
         for images, labels, index in batches(self.train_data, rest, self.config.data.workers):
-            began = time.perf_counter()
             self.objective.schedule(self.epoch + self.batch / len(order))
             rate = self.options.learning_rate * self._rate(self.epoch + self.batch / len(order))
             for group in self.optimizer.param_groups:
@@ -167,7 +168,8 @@ class Trainer:
             terms = self._train_step(images.to(self.device), labels.to(self.device), index, parts)
             self.step, self.batch = self.step + 1, self.batch + 1
             record = {"step": self.step, "epoch": self.epoch + 1, **terms, "learning_rate": rate}
-            speed = len(images) * world / (time.perf_counter() - began)
+            now = time.perf_counter()
+            speed, began = len(images) * world / (now - began), now
             for callback in self.callbacks:
                 callback.step(self, record, speed)
             stop = distributed.largest(self._signal)
