@@ -310,6 +310,18 @@ def test_resume_takes_no_other_option(tiny_run, capsys):
     assert "config.toml cannot be read: No such file" in capsys.readouterr().err
 
 
+def test_an_edited_configuration_is_not_taken_for_that_of_the_run(tiny_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    file = folder / "config.toml"
+    edited = file.read_text().replace("learning_rate = 0.02", "learning_rate = 0.03")
+    file.write_text(edited)
+    assert main(["train", "--resume", str(folder)]) == 2
+    assert "config.toml was edited after the run began" in capsys.readouterr().err
+    file.write_text(edited.rsplit("\n#", 1)[0])
+    assert main(["train", "--resume", str(folder)]) == 0
+
+
 def test_a_disk_that_is_full_has_its_exit_code(tmp_path, monkeypatch, capsys):
     def full(number):
         raise OSError(28, "No space left on device")
@@ -556,6 +568,7 @@ OWN = {
         (["--loss.divergence", "dist", "--training.accumulate", "2"], "num_items do not go togeth"),
         (["--loss.weight", "[1.0, 2.0]"], "loss: weight"),
         (["--loss.backend", "cuda"], "loss: "),
+        (["--loss.num_classes", "3"], "loss: labels[1] is 9"),
     ],
     ids=str,
 )

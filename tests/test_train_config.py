@@ -365,6 +365,7 @@ def test_all_that_is_wrong_is_said_at_once():
         ("training.optimizer", ["sgd", "adam", "adamw"], ["SGD", ""]),
         ("training.learning_rate", [1e-9, "0.1"], [0, -1, math.inf, "fast"]),
         ("training.keep", [1], [0]),
+        ("training.threads", [0, 1024], [-1, 1025]),
         ("training", [{}], [[], 3, "x", {"x": 1}]),
         ("loss", [{}], [[], 3, "x", {"x": 1}]),
     ],

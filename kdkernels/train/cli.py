@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from functools import partial
+from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from kdkernels.train.export import export
 from kdkernels.train.models import MODELS, build
 from kdkernels.train.report import table, write_report
 from kdkernels.train.search import search
+
+SEAL = "\n# --resume needs all above as it was, by its sha256: "
 
 
 def add_options(command: str, parser: argparse.ArgumentParser) -> None:
@@ -93,12 +96,14 @@ def _train(given: argparse.Namespace) -> None:
         if sum(value is not None for value in vars(given).values()) > 2:  # command and resume
             raise SetupError("--resume goes on with the run's own configuration: no other option")
         folder, config = given.resume, load(given.resume / "config.toml")
+        _refuse_edited(folder / "config.toml")
     else:
         config = _configuration(given)
         folder = Path(distributed.agree(str(_new_folder(given.out, config.data.name))))
     experiment = Experiment(config, folder, _say)
     if given.resume is None and distributed.rank() == 0:
-        write(folder / "config.toml", dumps(config))
+        body = dumps(config)
+        write(folder / "config.toml", body + SEAL + sha256(body.encode()).hexdigest() + "\n")
     splits = experiment.splits
     _say(f"{config.teacher.name} → {config.student.name} on {config.data.name}: "
          f"{len(splits.train)} training, {len(splits.validation)} validation and "
@@ -113,6 +118,16 @@ def _train(given: argparse.Namespace) -> None:
         write_report(folder, config, outcomes)
     _say(f"\n{table(outcomes)}\n\nreport  {folder / 'report.html'}\n"
          f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+
+
+def _refuse_edited(path: Path) -> None:
+    """What was trained before would not be what the report says of it."""
+    body, is_sealed, seal = path.read_text(encoding="utf-8").rpartition(SEAL)
+    if is_sealed and seal.strip() != sha256(body.encode()).hexdigest():
+        raise SetupError(
+            f"{path} was edited after the run began: put it back, or begin anew with --config "
+            f"{path} (without its last line --resume takes it as it is)"
+        )
 
 
 def _new_folder(out: Path | None, name: str) -> Path:

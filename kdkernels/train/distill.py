@@ -200,7 +200,7 @@ class Distillation(nn.Module):
         counts = items and items[:2]
         try:
             return self.loss_fn(logits, teacher, labels, num_items=counts, **more)._asdict()  # type: ignore[no-any-return]
-        except (TypeError, ValueError) as error:  # options that do not go together, shapes
+        except (TypeError, ValueError, IndexError) as error:  # options, shapes, labels
             raise SetupError(f"loss: {error}") from error
 
     def _hint(self) -> Tensor:
