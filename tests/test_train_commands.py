@@ -559,11 +559,11 @@ OWN = {
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--student.name", "my_models:vector"], "the student returns (128,) and not the logits"),
-        (["--student.name", "my_models:maps"], "the student returns (2, 10, 8, 8) and not"),
-        (["--teacher.name", "my_models:large"], "the teacher does not take images of (1, 8, 8): "),
-        (["--student.name", "my_models:pair"], "the student "),
-        (["--student.name", "my_models:nine"], "loss: "),
+        (["--student.name", "odd_models:vector"], "the student returns (128,) and not the logits"),
+        (["--student.name", "odd_models:maps"], "the student returns (2, 10, 8, 8) and not"),
+        (["--teacher.name", "odd_models:large"], "the teacher does not take images of (1, 8, 8): "),
+        (["--student.name", "odd_models:pair"], "the student "),
+        (["--student.name", "odd_models:nine"], "loss: "),
         (["--data.labelled", "5"], "data.labelled must be from 10"),
         (["--loss.divergence", "dist", "--training.accumulate", "2"], "num_items do not go togeth"),
         (["--loss.weight", "[1.0, 2.0]"], "loss: weight"),
@@ -576,9 +576,8 @@ def test_what_does_not_fit_is_said_before_a_teacher_is_trained(
     options, message, tmp_path, monkeypatch, capsys
 ):
     functions = [f"def {name}(classes, channels): return {made}\n" for name, made in OWN.items()]
-    (tmp_path / "my_models.py").write_text("from torch import nn\n" + "".join(functions))
+    (tmp_path / "odd_models.py").write_text("from torch import nn\n" + "".join(functions))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_models", raising=False)
     monkeypatch.setattr(Experiment, "teachers", lambda self, seed: pytest.fail("too late"))
     nothing = ["--student.options", "{}", "--teacher.options", "{}"]
     assert train(tmp_path / "run", *nothing, *options) == 2

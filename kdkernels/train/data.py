@@ -34,8 +34,6 @@ class Images(Dataset[Any]):
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         return to_float(self.images[index]), self.labels[index]
 
-    __getitems__ = __getitem__
-
 
 Labelled = Dataset[Any] | tuple[Tensor, Tensor]  # of (image, label); or images and their labels
 

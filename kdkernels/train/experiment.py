@@ -24,7 +24,7 @@ from kdkernels.train import distributed
 from kdkernels.train.callbacks import Callback, JsonLines, Progress, TensorBoard, Wandb
 from kdkernels.train.checkpoints import Normalize, save_model, write
 from kdkernels.train.config import Config, Distill, Model, Student
-from kdkernels.train.data import UNLABELLED, Images, Splits, batches, hide_labels, load
+from kdkernels.train.data import UNLABELLED, Images, Splits, hide_labels, load, to_float
 from kdkernels.train.distill import Distillation, Teachers
 from kdkernels.train.errors import SetupError, require
 from kdkernels.train.evaluation import evaluate
@@ -166,14 +166,10 @@ class Experiment:
 
     def about(self, model: Model) -> dict[str, Any]:
         """What a model file says of itself."""
-        splits = self.splits
-        said = {"name": model.name, "options": model.options, "data": self.config.data.model_dump()}
-        more = {
-            "mean": splits.mean,
-            "std": splits.std,
-            "shape": list(splits.train.images.shape[1:]),
-        }
-        return {**said, "classes": splits.classes, **more}
+        splits, data = self.splits, self.config.data.model_dump()
+        return {"name": model.name, "options": model.options, "data": data,
+                "classes": splits.classes, "mean": splits.mean, "std": splits.std,
+                "shape": list(splits.train.images.shape[1:])}  # fmt: skip
 
     def callbacks(self, name: str, folder: Path) -> list[Callback]:
         if distributed.rank() > 0:
@@ -202,13 +198,9 @@ class Experiment:
 
     @torch.no_grad()
     def logits(self, teacher: nn.Module) -> torch.Tensor:
-        normalize, index = self.normalize.to(self.device), list(range(len(self.splits.train)))
-        parts = [index[i : i + 256] for i in range(0, len(index), 256)]
-        found = batches(self.splits.train, parts, 0)
-        teacher.eval()
-        return torch.cat(
-            [teacher(normalize(images.to(self.device))).cpu() for images, _, _ in found]
-        )
+        model = nn.Sequential(self.normalize, teacher).to(self.device).eval()
+        parts = self.splits.train.images.split(256)
+        return torch.cat([model(to_float(part).to(self.device)).cpu() for part in parts])
 
 
 def without_teacher(config: Config, **training: Any) -> Config:
