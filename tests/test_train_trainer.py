@@ -524,13 +524,6 @@ def run_everything(images, folder, kill=None, **changes):
     return run
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory):
-    pytest.importorskip("kornia")
-    folder = tmp_path_factory.mktemp("untouched")
-    return folder
-
-
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_a_killed_run_goes_on_to_the_same_bits(images, tmp_path, amp):
     pytest.importorskip("kornia")
@@ -640,6 +633,15 @@ def test_metrics_are_lines_of_json(images, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if "validation_accuracy" in line] == [4, 8, 12]
+
+
+def test_lines_that_a_power_cut_took_are_no_hole_in_the_file(images, tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.load_state_dict({"size": 1000})
+    lines.epoch(None, {"step": 1})
+    lines.epoch(None, {"step": 2})
+    assert lines.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert lines.state_dict() == {"size": 24}
 
 
 def test_what_is_not_finite_is_null_in_json(images, tmp_path):

@@ -59,6 +59,7 @@ class JsonLines(Callback):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
+                self.size = min(self.size, file.tell())  # less, if the machine went down
                 file.truncate(self.size)  # lines of steps that come again
                 file.write(line)
         except OSError as error:
