@@ -26,8 +26,9 @@ from kdkernels.__main__ import main
 from kdkernels.train import config as configuration
 from kdkernels.train import data, experiment
 from kdkernels.train.checkpoints import load_model, save_model
-from kdkernels.train.errors import NonFiniteError, SetupError
+from kdkernels.train.errors import NonFiniteError, SetupError, TrainError
 from kdkernels.train.experiment import Experiment
+from kdkernels.train.export import export
 from kdkernels.train.models import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -407,6 +408,19 @@ def test_an_export_that_differs_is_an_error(tiny_run, tmp_path, monkeypatch, cap
     assert "model.pt2 differs from PyTorch by 5.0e-01" in capsys.readouterr().err
 
 
+def test_what_cannot_be_exported_is_said(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Undecided(nn.Module):
+        def forward(self, images):
+            return images.flatten(1) * (2 if images.sum().item() > 0 else 1)
+
+    with pytest.raises(TrainError, match="the model cannot be exported: "):
+        export(Undecided(), [1, 2, 2], tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
     pytest.importorskip("optuna")
     folder = tmp_path / "search"
@@ -548,6 +562,7 @@ def test_weights_that_are_one_tensor_are_saved(tmp_path):
 
 
 OWN = {
+    "number": "3",
     "vector": "nn.Flatten(0)",
     "maps": "nn.Conv2d(channels, classes, 1)",
     "pair": "nn.LSTM(8, classes)",
@@ -569,6 +584,17 @@ OWN = {
         (["--loss.weight", "[1.0, 2.0]"], "loss: weight"),
         (["--loss.backend", "cuda"], "loss: "),
         (["--loss.num_classes", "3"], "loss: labels[1] is 9"),
+        (["--student.name", "odd_models:number"], "3 is no module of PyTorch"),
+        (["--student.freeze", '["*"]'], "student.freeze leaves nothing to train"),
+        (
+            [
+                "--loss.standardize=true",
+                "--augment.crop=0",
+                "--teacher.cache=float16",
+                "--teacher.cache_top_k=3",
+            ],
+            "standardize do not go together",
+        ),
     ],
     ids=str,
 )

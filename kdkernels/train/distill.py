@@ -95,6 +95,11 @@ class Distillation(nn.Module):
             if distill.learn_temperature:
                 start = torch.tensor(float(self.loss_fn.temperature))
                 self.log_temperature = nn.Parameter(start.log())
+        if not self.trained():
+            raise SetupError("student.freeze leaves nothing to train")
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
 
     def _look_inside(self, student: nn.Module, teachers: Teachers, example: Tensor) -> None:
         distill = self.config.distill

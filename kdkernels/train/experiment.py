@@ -73,12 +73,14 @@ class Experiment:
         teachers = [self.build(model) for model in (config.teacher, *config.teacher.others)]
         images = self.normalize.to(self.device)(self.splits.train[:2][0].to(self.device))
         labels = torch.tensor([0, last], device=self.device)
-        objective = Distillation(self.build(config.student), Teachers(teachers), config, images)
+        top = TopKTeacher.from_logits(torch.zeros(2, last + 1), self.top_k) if self.top_k else None
+        student = self.build(config.student)
+        objective = Distillation(student, Teachers(teachers), config, images, top)
         mixed = (labels, 0.5) if config.augment.mixup or config.augment.cutmix else None
         sums = mixed is not None or config.training.accumulate > 1 or distributed.world_size() > 1
         items = (2.0, 2.0, 2.0) if sums else None
         try:
-            objective.eval().to(self.device)(images, labels, torch.arange(2), mixed, items)
+            objective.train().to(self.device)(images, labels, torch.arange(2), mixed, items)
         except RuntimeError as error:  # a backend that cannot run here
             raise SetupError(f"loss: {error}") from error
 

@@ -105,10 +105,7 @@ class Trainer:
         self.objective = Distillation(
             student.to(self.device), teachers, self.config, self.normalize(first), cached
         ).to(self.device)
-        parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        if not parameters:
-            raise SetupError("student.freeze leaves nothing to train")
-        self.optimizer = make_optimizer(parameters, training)
+        self.optimizer = make_optimizer(self.objective.trained(), training)
         self.module = distributed.wrap(self.objective, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
         average = get_ema_multi_avg_fn(training.ema)
