@@ -379,6 +379,15 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(images):
     assert torch.equal(run.objective.student[1].running_mean, seen[-1]["1.running_mean"])
 
 
+def test_a_student_may_be_copied_while_its_inside_is_looked_at(images):
+    class Copy(Callback):
+        def step(self, trainer, record, images_per_second):
+            copy.deepcopy(trainer.objective.student)
+
+    inside = {"hints": {"1": "1"}, "attention": {"0": "0"}}
+    trainer(images, network(8), distill=inside, callbacks=[Copy()]).fit()
+
+
 def test_frozen_parts_stay_statistics_included(images):
     run = trainer(
         images, network(8), student={"freeze": ["0", "1"]}, training={"weight_decay": 0.5}
@@ -593,6 +602,12 @@ def test_the_best_weights_are_those_that_the_checkpoint_knows_of(images, tmp_pat
     resumed = trainer(images, folder=tmp_path)
     assert resumed.fit() == run.result
     assert same(resumed.model.state_dict(), run.model.state_dict())
+
+
+def test_checkpoints_of_another_student_are_refused(images, tmp_path):
+    trainer(images, folder=tmp_path, training={"epochs": 1}).fit()
+    with pytest.raises(SetupError, match=r"step-00000004.pt is of another student"):
+        trainer(images, net=network(5), folder=tmp_path).fit()
 
 
 def test_no_readable_checkpoint_is_an_error(images, tmp_path):

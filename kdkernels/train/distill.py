@@ -50,7 +50,13 @@ class _Tap:
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if not isinstance(output, Tensor) or output.dim() not in (2, 4):
             raise SetupError(f"the output of {self.path} is neither (N, C, H, W) nor (N, C)")
-        self.output = output
+        self.output: Tensor | None = output
+
+    def take(self) -> Tensor:
+        """The output, which is not kept: nobody could copy a model that holds on to a graph."""
+        output, self.output = self.output, None
+        assert output is not None
+        return output
 
 
 class Distillation(nn.Module):
@@ -112,11 +118,12 @@ class Distillation(nn.Module):
             _check("teacher", teacher, example)
         for kind, taps in self._taps.items():
             for ours, theirs in taps:
-                dims = {ours.output.dim(), theirs.output.dim()}
+                shapes = [tap.take().shape for tap in (ours, theirs)]
+                dims = {len(shape) for shape in shapes}
                 if dims != {4} and (kind == "attention" or dims != {2}):
                     raise SetupError(f"{kind} {ours.path}: both outputs must be (N, C, H, W)")
                 if kind == "hint":
-                    sizes = ours.output.shape[1], theirs.output.shape[1]
+                    sizes = shapes[0][1], shapes[1][1]
                     projection = nn.Conv2d(*sizes, 1) if dims == {4} else nn.Linear(*sizes)
                     self.projections.append(projection)
 
@@ -212,7 +219,7 @@ class Distillation(nn.Module):
         """Mean squared distance of the projected student's features to the teacher's."""
         losses = []
         for (ours, theirs), projection in zip(self._taps["hint"], self.projections, strict=True):
-            student, teacher = projection(ours.output), theirs.output
+            student, teacher = projection(ours.take()), theirs.take()
             if teacher.dim() == 4:
                 student = _as_large_as(teacher, student)
             losses.append(F.mse_loss(student.float(), teacher.float()))
@@ -222,8 +229,9 @@ class Distillation(nn.Module):
         """Mean squared distance of the normalised maps of the features' energy, halved."""
         losses = []
         for ours, theirs in self._taps["attention"]:
-            energies = [x.float().square().mean(1) for x in (ours.output, theirs.output)]
-            maps = [F.normalize(_as_large_as(theirs.output, e).flatten(1)) for e in energies]
+            student, teacher = (tap.take().float().square().mean(1) for tap in (ours, theirs))
+            student = _as_large_as(teacher, student)
+            maps = [F.normalize(energies.flatten(1)) for energies in (student, teacher)]
             losses.append((maps[0] - maps[1]).square().mean() / 2)
         return torch.stack(losses).sum()
 

@@ -317,9 +317,12 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.step, self.skipped = state["place"]
         self.result, self._best = Result(**state["result"]), state["best"]
-        for name, part in self._parts().items():
-            if name in state["parts"]:
-                part.load_state_dict(state["parts"][name])
+        try:
+            for name, part in self._parts().items():
+                if name in state["parts"]:
+                    part.load_state_dict(state["parts"][name])
+        except (RuntimeError, ValueError) as error:
+            raise SetupError(f"{self.checkpoints} is of another student") from error
         if distributed.rank() == 0:
             set_random_states(state["random"])
         else:  # the state is the first process's, and no other is to draw the same numbers
