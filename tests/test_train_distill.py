@@ -162,6 +162,13 @@ def test_ensembles(batch, ensemble, weights):
     torch.testing.assert_close(run(*batch)["loss"], expected)
 
 
+def test_a_module_that_is_not_asked_is_refused(batch):
+    student = network(3)
+    student[0].idle = nn.Linear(1, 1)
+    with pytest.raises(SetupError, match=r"the module 0\.idle has no part in"):
+        distillation(batch, student, distill={"hints": {"0.idle": "0"}})
+
+
 def test_a_module_without_one_output_is_refused(batch):
     class Pair(nn.Module):
         def forward(self, x):

@@ -40,22 +40,25 @@ class Teachers(nn.Module):
 class _Tap:
     """The last output of a module inside a model."""
 
+    output: Tensor | None
+
     def __init__(self, model: nn.Module, path: str) -> None:
         paths = dict(model.named_modules())
         if path not in paths:
             raise SetupError(f"no module {path!r} in the model{nearest(path, paths)}")
-        self.path = path
+        self.path, self.output = path, None
         paths[path].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if not isinstance(output, Tensor) or output.dim() not in (2, 4):
             raise SetupError(f"the output of {self.path} is neither (N, C, H, W) nor (N, C)")
-        self.output: Tensor | None = output
+        self.output = output
 
     def take(self) -> Tensor:
         """The output, which is not kept: nobody could copy a model that holds on to a graph."""
         output, self.output = self.output, None
-        assert output is not None
+        if output is None:
+            raise SetupError(f"the module {self.path} has no part in the model's logits")
         return output
 
 
