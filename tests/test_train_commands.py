@@ -437,6 +437,18 @@ def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
     assert out.endswith(f"kdkernels train --config {folder / 'best.toml'}\n")
 
 
+def test_what_cannot_be_searched_for_is_refused(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    command = ["search", *TINY, "--trials", "1", "--out", str(tmp_path / "search")]
+    assert main([*command, "--schedules", "{temperature = [[0, 8.0], [1, 2.0]]}"]) == 2
+    assert main([*command, "--distill.learn_temperature"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("temperature or alpha is scheduled or learned") == 2
+    assert main([*command, "--training.epochs", "1"]) == 0
+    assert main([*command, "--training.epochs", "3"]) == 2
+    assert "trials of another configuration" in capsys.readouterr().err
+
+
 def test_a_trial_that_diverges_is_not_the_end_of_a_search(tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     real, calls = Experiment.distilled, []

@@ -19,6 +19,9 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
     Returns:
         The best configuration by the validation accuracy of the first seed's distilled student;
         ``best.toml`` in the folder.
+
+    Raises:
+        SetupError: the folder's search is another one, no trial is complete, and see Experiment.
     """
     optuna = require("optuna", "optuna", "search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -28,8 +31,13 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
         study_name="kdkernels", direction="maximize", load_if_exists=True,
         storage=optuna.storages.JournalStorage(backend),
     )  # fmt: skip
-    seed = config.first_seed
-    teachers, _ = Experiment(config, folder, say).teachers(seed)
+    if {"temperature", "alpha"} & {*config.schedules} or config.distill.learn_temperature:
+        raise SetupError("temperature or alpha is scheduled or learned: it cannot be searched for")
+    if study.user_attrs.get("config", dumps(config)) != dumps(config):
+        raise SetupError(f"{folder} has trials of another configuration: name a new folder")
+    seed, first = config.first_seed, Experiment(config, folder, say)
+    study.set_user_attr("config", dumps(config))
+    teachers, _ = first.teachers(seed)
 
     def changed(values: dict[str, float]) -> Config:
         loss = config.loss | {name: values[name] for name in ("temperature", "alpha")}
