@@ -25,9 +25,11 @@ pytest.importorskip("tensorboard")
 from kdkernels.__main__ import main
 from kdkernels.train import config as configuration
 from kdkernels.train import data, experiment
-from kdkernels.train.checkpoints import load_model
-from kdkernels.train.errors import SetupError
+from kdkernels.train.checkpoints import load_model, save_model
+from kdkernels.train.errors import NonFiniteError, SetupError, TrainError
 from kdkernels.train.experiment import Experiment
+from kdkernels.train.export import export
+from kdkernels.train.models import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -163,6 +165,11 @@ def test_students_start_equal_and_take_as_many_steps(tiny_run, monkeypatch, tmp_
     known = [(labels != data.UNLABELLED).sum().item() for _, _, labels in seen.values()]
     assert dict(zip(seen, known, strict=True)) == {
         "teacher": 1078, "distilled": 50, "alone": 50, "smoothed": 50}  # fmt: skip
+
+
+def test_a_batch_is_at_most_all_training_images(tmp_path):
+    config = tiny_config(training={"batch_size": 5000})
+    assert Experiment(config, tmp_path, quiet).config.training.batch_size == 1078
 
 
 def test_students_never_see_a_hidden_label(tmp_path, monkeypatch):
@@ -304,6 +311,18 @@ def test_resume_takes_no_other_option(tiny_run, capsys):
     assert "config.toml cannot be read: No such file" in capsys.readouterr().err
 
 
+def test_an_edited_configuration_is_not_taken_for_that_of_the_run(tiny_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    file = folder / "config.toml"
+    edited = file.read_text().replace("learning_rate = 0.02", "learning_rate = 0.03")
+    file.write_text(edited)
+    assert main(["train", "--resume", str(folder)]) == 2
+    assert "config.toml was edited after the run began" in capsys.readouterr().err
+    file.write_text(edited.rsplit("\n#", 1)[0])
+    assert main(["train", "--resume", str(folder)]) == 0
+
+
 def test_a_disk_that_is_full_has_its_exit_code(tmp_path, monkeypatch, capsys):
     def full(number):
         raise OSError(28, "No space left on device")
@@ -389,6 +408,19 @@ def test_an_export_that_differs_is_an_error(tiny_run, tmp_path, monkeypatch, cap
     assert "model.pt2 differs from PyTorch by 5.0e-01" in capsys.readouterr().err
 
 
+def test_what_cannot_be_exported_is_said(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Undecided(nn.Module):
+        def forward(self, images):
+            return images.flatten(1) * (2 if images.sum().item() > 0 else 1)
+
+    with pytest.raises(TrainError, match="the model cannot be exported: "):
+        export(Undecided(), [1, 2, 2], tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
     pytest.importorskip("optuna")
     folder = tmp_path / "search"
@@ -403,6 +435,38 @@ def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
     lines = [line for line in out.splitlines() if chosen in line and "trial" in line]
     assert float(lines[0].split()[-1][:-1]) == max(accuracies)
     assert out.endswith(f"kdkernels train --config {folder / 'best.toml'}\n")
+
+
+def test_what_cannot_be_searched_for_is_refused(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    command = ["search", *TINY, "--trials", "1", "--out", str(tmp_path / "search")]
+    assert main([*command, "--schedules", "{temperature = [[0, 8.0], [1, 2.0]]}"]) == 2
+    assert main([*command, "--distill.learn_temperature"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("temperature or alpha is scheduled or learned") == 2
+    assert main([*command, "--training.epochs", "1"]) == 0
+    assert main([*command, "--training.epochs", "3"]) == 2
+    assert "trials of another configuration" in capsys.readouterr().err
+
+
+def test_a_trial_that_diverges_is_not_the_end_of_a_search(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    real, calls = Experiment.distilled, []
+
+    def diverges(self, seed, teachers):
+        calls.append(seed)
+        if len(calls) == 1:
+            raise NonFiniteError("step 1 has loss nan")
+        return real(self, seed, teachers)
+
+    monkeypatch.setattr(Experiment, "distilled", diverges)
+    command = ["search", *TINY, "--seeds", "1", "--out", str(tmp_path / "search"), "--trials"]
+    assert main([*command, "0"]) == 2
+    assert "of 0 trials none is complete" in capsys.readouterr().err
+    assert main([*command, "2"]) == 0
+    captured = capsys.readouterr()
+    assert "trial 0: step 1 has loss nan\ntrial 1:" in captured.out
+    assert captured.err == ""
 
 
 def test_models_are_listed(capsys):
@@ -470,6 +534,23 @@ def test_mistakes_are_one_line(command, message, tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+def test_only_options_of_the_command_are_near(capsys):
+    assert main(["evaluate", "run", "--training.device", "cpu"]) == 2
+    assert capsys.readouterr().err.endswith("error: unknown option --training.device\n")
+    assert main(["evaluate", "run", "--fodler", "images"]) == 2
+    assert "did you mean --folder?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_a_place_where_nothing_can_be_written_is_named(command, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    (tmp_path / "file").write_text("")
+    assert main([command, *TINY, "--out", str(tmp_path / "file" / "run")]) in (2, 3)
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error
+    assert error.count("\n") == 1
+
+
 def test_a_corrupt_image_is_named_by_predict(tiny_run, tmp_path, capsys):
     (tmp_path / "no.png").write_text("no image")
     assert main(["predict", str(tiny_run), str(tmp_path / "no.png")]) == 2
@@ -481,6 +562,66 @@ def test_info_and_help_import_no_more_than_they_need():
            "assert not {'kdkernels.train', 'pydantic'} & set(sys.modules)"  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+
+
+def test_weights_that_are_one_tensor_are_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    save_model(tmp_path / "model.safetensors", model, {})
+    again = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    load_weights(again, tmp_path / "model.safetensors")
+    assert same(model.state_dict(), again.state_dict())
+
+
+OWN = {
+    "number": "3",
+    "vector": "nn.Flatten(0)",
+    "maps": "nn.Conv2d(channels, classes, 1)",
+    "pair": "nn.LSTM(8, classes)",
+    "large": "nn.Conv2d(channels, classes, 20)",
+    "nine": "nn.Sequential(nn.Flatten(), nn.Linear(64, 9))",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student.name", "odd_models:vector"], "the student returns (128,) and not the logits"),
+        (["--student.name", "odd_models:maps"], "the student returns (2, 10, 8, 8) and not"),
+        (["--teacher.name", "odd_models:large"], "the teacher does not take images of (1, 8, 8): "),
+        (["--student.name", "odd_models:pair"], "the student "),
+        (["--student.name", "odd_models:nine"], "loss: "),
+        (["--data.labelled", "5"], "data.labelled must be from 10"),
+        (["--loss.divergence", "dist", "--training.accumulate", "2"], "num_items do not go togeth"),
+        (["--loss.weight", "[1.0, 2.0]"], "loss: weight"),
+        (["--loss.backend", "cuda"], "loss: "),
+        (["--loss.num_classes", "3"], "loss: labels[1] is 9"),
+        (["--student.name", "odd_models:number"], "3 is no module of PyTorch"),
+        (["--student.freeze", '["*"]'], "student.freeze leaves nothing to train"),
+        (
+            [
+                "--loss.standardize=true",
+                "--augment.crop=0",
+                "--teacher.cache=float16",
+                "--teacher.cache_top_k=3",
+            ],
+            "standardize do not go together",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_before_a_teacher_is_trained(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    functions = [f"def {name}(classes, channels): return {made}\n" for name, made in OWN.items()]
+    (tmp_path / "odd_models.py").write_text("from torch import nn\n" + "".join(functions))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(Experiment, "teachers", lambda self, seed: pytest.fail("too late"))
+    nothing = ["--student.options", "{}", "--teacher.options", "{}"]
+    assert train(tmp_path / "run", *nothing, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_any_module_may_be_taught(tmp_path, monkeypatch):

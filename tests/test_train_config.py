@@ -235,6 +235,27 @@ def test_a_switch_needs_no_value(train, argv, expected):
     assert train(*argv).baselines is expected
 
 
+@pytest.mark.parametrize("section", ["student", "teacher"])
+def test_another_model_has_none_of_the_options_of_the_default_one(section):
+    """timm:resnet18 does not take stem_stride, and weights of a resnet20 are not made for it."""
+    usual = {"stem_stride": 2}
+    for changes, expected in [
+        ({}, usual),
+        ({"weights": "w.safetensors"}, usual),
+        ({"name": "timm:resnet18"}, {}),
+        ({"name": "resnet20", "options": "{width=8}"}, {"width": 8}),
+    ]:
+        given = config.load(
+            None,
+            {
+                f"{section}.{key}": config.parse(value, dict) if key == "options" else value
+                for key, value in changes.items()
+            },
+        )
+        assert getattr(given, section).options == expected
+        assert config.checked(given.model_dump()) == given
+
+
 def test_changes_leave_the_rest_of_a_section_alone():
     changed = config.load(None, {"training.epochs": "4", "loss.temperature": 2})
     expected = Config(training={"epochs": 4}, loss={"temperature": 2})
@@ -344,6 +365,7 @@ def test_all_that_is_wrong_is_said_at_once():
         ("training.optimizer", ["sgd", "adam", "adamw"], ["SGD", ""]),
         ("training.learning_rate", [1e-9, "0.1"], [0, -1, math.inf, "fast"]),
         ("training.keep", [1], [0]),
+        ("training.threads", [0, 1024], [-1, 1025]),
         ("training", [{}], [[], 3, "x", {"x": 1}]),
         ("loss", [{}], [[], 3, "x", {"x": 1}]),
     ],

@@ -78,11 +78,13 @@ def test_attention_is_the_distance_of_normalised_energies(batch):
 
 
 def test_parts_of_a_batch_have_their_part_of_hints(batch):
-    run = distillation(batch, distill={"hints": {"0": "0"}, "attention": {"0": "0"}})
+    inside = {"hints": {"0": "0"}, "attention": {"0": "0"}, "learn_temperature": True}
+    run = distillation(batch, distill=inside, loss={"distill_ignored": False})
+    batch[1][[0, 4]] = -100
     whole = run(*batch)
-    items = (float(N), float(N))
+    items = (N - 2.0, N - 2.0, float(N))
     parts = [run(*(tensor[i] for tensor in batch), None, items) for i in ([0, 1, 2, 3], [4, 5])]
-    for name in ("loss", "hint", "attention"):
+    for name in ("loss", "hint", "attention", "temperature"):
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 
 
@@ -158,6 +160,13 @@ def test_ensembles(batch, ensemble, weights):
     options |= {"teacher_weights": torch.tensor(weights)} if weights else {}
     expected = kd_loss(run.student(batch[0]), run._teachers[0](batch[0]), batch[1], **options)
     torch.testing.assert_close(run(*batch)["loss"], expected)
+
+
+def test_a_module_that_is_not_asked_is_refused(batch):
+    student = network(3)
+    student[0].idle = nn.Linear(1, 1)
+    with pytest.raises(SetupError, match=r"the module 0\.idle has no part in"):
+        distillation(batch, student, distill={"hints": {"0.idle": "0"}})
 
 
 def test_a_module_without_one_output_is_refused(batch):

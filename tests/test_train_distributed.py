@@ -12,6 +12,8 @@ pytest.importorskip("pydantic")
 
 from train_distributed import CASES, run
 
+from kdkernels.train import distributed
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -37,6 +39,24 @@ def test_gradients_and_metrics_are_those_of_one_process(tmp_path):
             for ours, theirs in zip(records, found[name][1], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-4), name
         assert all(torch.equal(second[name][0][k], v) for k, v in first[name][0].items())
+
+    ours, theirs = (found["interrupted"] for found in (first, second))
+    assert ours[0] == theirs[0]
+    assert ours[0].startswith("SIGTERM at step 3: last good checkpoint: ")
+    assert ours[0].endswith("step-00000003.pt")
+    assert not torch.equal(ours[1], theirs[1])
+
+
+def test_every_process_has_its_gpu_and_also_the_cpu(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", said.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", said.append)
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    distributed.start()
+    assert said == [3, "cpu:gloo,cuda:nccl"]
 
 
 def test_the_command_runs_under_torchrun(tmp_path):

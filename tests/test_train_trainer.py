@@ -214,6 +214,14 @@ def test_images_without_a_label_teach(images):
         ({"training": {"accumulate": 2}}, False),
         ({"training": {"accumulate": 4}, "loss": {"distill_ignored": False}}, False),
         ({"training": {"accumulate": 3}, "loss": {"weight": [1.0, 2.0, 3.0]}}, False),
+        (
+            {
+                "training": {"accumulate": 2},
+                "loss": {"distill_ignored": False},
+                "distill": {"hints": {"1": "5"}},
+            },
+            False,
+        ),
         ({"training": {"batch_size": 5}}, True),
     ],
 )
@@ -240,6 +248,15 @@ def test_label_smoothing_is_that_of_cross_entropy(images):
     run.fit()
     expected = F.cross_entropy(logits, images[1][order], label_smoothing=0.3)
     assert records.steps[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_a_teacher_it_is_the_cross_entropy_whatever_the_loss_is(images):
+    found = []
+    for loss in ({}, {"weight": [1.0, 2.0, 30.0]}):
+        records = Records()
+        trainer(images, loss=loss, training={"accumulate": 2}, callbacks=[records]).fit()
+        found.append([record["loss"] for record in records.steps])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
@@ -360,6 +377,15 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(images):
         average = 0.5 * average + 0.5 * later["5.weight"]
     torch.testing.assert_close(run.objective.student[5].weight.detach(), average)
     assert torch.equal(run.objective.student[1].running_mean, seen[-1]["1.running_mean"])
+
+
+def test_a_student_may_be_copied_while_its_inside_is_looked_at(images):
+    class Copy(Callback):
+        def step(self, trainer, record, images_per_second):
+            copy.deepcopy(trainer.objective.student)
+
+    inside = {"hints": {"1": "1"}, "attention": {"0": "0"}}
+    trainer(images, network(8), distill=inside, callbacks=[Copy()]).fit()
 
 
 def test_frozen_parts_stay_statistics_included(images):
@@ -507,13 +533,6 @@ def run_everything(images, folder, kill=None, **changes):
     return run
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory):
-    pytest.importorskip("kornia")
-    folder = tmp_path_factory.mktemp("untouched")
-    return folder
-
-
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_a_killed_run_goes_on_to_the_same_bits(images, tmp_path, amp):
     pytest.importorskip("kornia")
@@ -566,6 +585,31 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(images, tmp
     assert same(whole.model.state_dict(), run.model.state_dict())
 
 
+def test_a_truncated_checkpoint_does_not_take_the_place_of_a_good_one(images, tmp_path):
+    trainer(images, folder=tmp_path, training={"epochs": 2}).fit()
+    last = tmp_path / "step-00000008.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(5, {"good": 1})
+    assert checkpoints.latest(lambda text: None) == {"good": 1}
+
+
+def test_the_best_weights_are_those_that_the_checkpoint_knows_of(images, tmp_path):
+    """Killed between the two files, a run has better weights than its last checkpoint."""
+    run = trainer(images, folder=tmp_path)
+    run.fit()
+    Checkpoints(tmp_path, 2).save_best({n: v + 1 for n, v in run.model.state_dict().items()})
+    resumed = trainer(images, folder=tmp_path)
+    assert resumed.fit() == run.result
+    assert same(resumed.model.state_dict(), run.model.state_dict())
+
+
+def test_checkpoints_of_another_student_are_refused(images, tmp_path):
+    trainer(images, folder=tmp_path, training={"epochs": 1}).fit()
+    with pytest.raises(SetupError, match=r"step-00000004.pt is of another student"):
+        trainer(images, net=network(5), folder=tmp_path).fit()
+
+
 def test_no_readable_checkpoint_is_an_error(images, tmp_path):
     trainer(images, folder=tmp_path, training={"epochs": 1}).fit()
     for path in tmp_path.glob("step-*"):
@@ -604,6 +648,24 @@ def test_metrics_are_lines_of_json(images, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if "validation_accuracy" in line] == [4, 8, 12]
+
+
+def test_lines_that_a_power_cut_took_are_no_hole_in_the_file(images, tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.load_state_dict({"size": 1000})
+    lines.epoch(None, {"step": 1})
+    lines.epoch(None, {"step": 2})
+    assert lines.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert lines.state_dict() == {"size": 24}
+
+
+def test_what_is_not_finite_is_null_in_json(images, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run = trainer(images, net=poisoned(images, 2), callbacks=[JsonLines(path)],
+                  training={"nonfinite": "skip", "log_every": 1})  # fmt: skip
+    run.fit()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.open()]
+    assert [line["loss"] is None for line in lines[:3]] == [False, True, False]
 
 
 def test_tensorboard_has_the_terms_and_the_accuracy(images, tmp_path):

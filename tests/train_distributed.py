@@ -3,6 +3,8 @@
 Started by torchrun with a folder as argument; in it the first process leaves its weights.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,14 +13,18 @@ from torch import nn
 
 from kdkernels.train import Callback, Config, Trainer, distributed
 from kdkernels.train.data import UNLABELLED
+from kdkernels.train.errors import Interrupted
 
 CASES = {
     "labels alone": {},
     "distilled": {"teacher": True},
-    "several parts of a batch": {"teacher": True, "training": {"accumulate": 2}},
+    "several parts of a batch": {"teacher": True, "training": {"batch_size": 8, "accumulate": 2}},
+    "of 5 and 4 images": {"teacher": True, "training": {"batch_size": 9, "accumulate": 4}},
     "hints": {"teacher": True, "distill": {"hints": {"2": "2"}, "learn_temperature": True}},
+    "labelled images alone": {"teacher": True, "loss": {"distill_ignored": False},
+                              "distill": {"hints": {"2": "2"}}},
     "class weights": {"teacher": True, "loss": {"weight": [1.0, 2.0, 3.0]}},
-}
+}  # fmt: skip
 
 
 class Records(Callback):
@@ -55,7 +61,26 @@ def run(case):
     return student.state_dict(), records.found
 
 
+def interrupted(folder):
+    """A signal reaches the second process alone; then both go on. What each drew, and said."""
+
+    class Signal(Callback):
+        def step(self, trainer, record, images_per_second):
+            if record["step"] == 3 and distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    config = Config(training={"epochs": 2, "batch_size": 6})
+    data = torch.rand(23, 1, 4, 4), torch.arange(23) % 3
+    try:
+        Trainer(network(6), None, data, data, config, folder=folder, callbacks=[Signal()]).fit()
+    except Interrupted as error:
+        said = str(error)
+    Trainer(network(6), None, data, data, config, folder=folder, say=str).fit()
+    return said, torch.rand(3)
+
+
 if __name__ == "__main__":
     distributed.start()
     found = {name: run(case) for name, case in CASES.items()}
+    found["interrupted"] = interrupted(Path(sys.argv[1]) / "interrupted")
     torch.save(found, Path(sys.argv[1]) / f"{distributed.rank()}.pt")

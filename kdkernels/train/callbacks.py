@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,12 +52,14 @@ class JsonLines(Callback):
             self.epoch(trainer, record)
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self._write((json.dumps(record) + "\n").encode())
+        finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
+        self._write((json.dumps(finite) + "\n").encode())  # JSON has no NaN
 
     def _write(self, line: bytes) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
+                self.size = min(self.size, file.tell())  # less, if the machine went down
                 file.truncate(self.size)  # lines of steps that come again
                 file.write(line)
         except OSError as error:

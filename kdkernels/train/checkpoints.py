@@ -57,15 +57,14 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        write(self.folder / f"step-{step:08d}.pt", _to_bytes(state))
-        for old in self._found()[: -self.keep]:
+        path = self.folder / f"step-{step:08d}.pt"
+        write(path, _to_bytes(state))
+        # Later ones could not be read when the run went on: they are not among those to keep.
+        for old in [found for found in self._found() if found <= path][: -self.keep]:
             old.unlink(missing_ok=True)
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
         write(self.folder / "best.pt", _to_bytes(weights))
-
-    def best(self) -> dict[str, Tensor]:
-        return read(self.folder / "best.pt")
 
     def latest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
         """The newest state that can be read; says which one cannot. None if there are none.
@@ -123,7 +122,11 @@ def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
 
     ``load_model`` needs of it ``name``, ``options``, ``classes``, ``shape``, ``mean``, ``std``.
     """
-    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    # Copies: safetensors takes no two tensors in the same memory, as tied weights are.
+    weights = {
+        name: value.cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
     save = require("safetensors.torch", "safetensors", "train").save
     write(path, save(weights, {"kdkernels": json.dumps(about)}))
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from functools import partial
+from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from kdkernels.train.checkpoints import load_model, write
 from kdkernels.train.config import Config, Data, dumps, load, options, parse
 from kdkernels.train.data import load as load_data
 from kdkernels.train.data import read_folder, read_image, to_float
-from kdkernels.train.errors import Interrupted, SetupError, TrainError, nearest
+from kdkernels.train.errors import Interrupted, SetupError, StorageError, TrainError, nearest
 from kdkernels.train.evaluation import evaluate
 from kdkernels.train.experiment import Experiment
 from kdkernels.train.export import export
 from kdkernels.train.models import MODELS, build
 from kdkernels.train.report import table, write_report
 from kdkernels.train.search import search
+
+SEAL = "\n# --resume needs all above as it was, by its sha256: "
 
 
 def add_options(command: str, parser: argparse.ArgumentParser) -> None:
@@ -55,14 +58,18 @@ def run(command: str, given: argparse.Namespace, unknown: list[str]) -> int:
     """Run a command; returns the exit code. A :class:`TrainError` becomes one line."""
     try:
         if unknown:
-            known = [f"--{name}" for name in (*options(), "config", "out", "resume", "trials")]
             wrong = unknown[0].split("=")[0]
-            raise SetupError(f"unknown option {wrong}{nearest(wrong, known)}")
+            raise SetupError(
+                f"unknown option {wrong}{nearest(wrong, (f'--{name}' for name in vars(given)))}"
+            )
         {"train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export,
          "search": _search, "models": _models}[command](given)  # fmt: skip
     except TrainError as error:
         print(f"kdkernels {command}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # where no folder can be made, TensorBoard finds the disk full, ...
+        print(f"kdkernels {command}: error: {error}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print(f"kdkernels {command}: stopped", file=sys.stderr)
         return 130  # what a shell reports for SIGINT
@@ -89,12 +96,14 @@ def _train(given: argparse.Namespace) -> None:
         if sum(value is not None for value in vars(given).values()) > 2:  # command and resume
             raise SetupError("--resume goes on with the run's own configuration: no other option")
         folder, config = given.resume, load(given.resume / "config.toml")
+        _refuse_edited(folder / "config.toml")
     else:
         config = _configuration(given)
         folder = Path(distributed.agree(str(_new_folder(given.out, config.data.name))))
     experiment = Experiment(config, folder, _say)
     if given.resume is None and distributed.rank() == 0:
-        write(folder / "config.toml", dumps(config))
+        body = dumps(config)
+        write(folder / "config.toml", body + SEAL + sha256(body.encode()).hexdigest() + "\n")
     splits = experiment.splits
     _say(f"{config.teacher.name} → {config.student.name} on {config.data.name}: "
          f"{len(splits.train)} training, {len(splits.validation)} validation and "
@@ -109,6 +118,16 @@ def _train(given: argparse.Namespace) -> None:
         write_report(folder, config, outcomes)
     _say(f"\n{table(outcomes)}\n\nreport  {folder / 'report.html'}\n"
          f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+
+
+def _refuse_edited(path: Path) -> None:
+    """What was trained before would not be what the report says of it."""
+    body, is_sealed, seal = path.read_text(encoding="utf-8").rpartition(SEAL)
+    if is_sealed and seal.strip() != sha256(body.encode()).hexdigest():
+        raise SetupError(
+            f"{path} was edited after the run began: put it back, or begin anew with --config "
+            f"{path} (without its last line --resume takes it as it is)"
+        )
 
 
 def _new_folder(out: Path | None, name: str) -> Path:

@@ -29,6 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[int, Field(ge=0, lt=30)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=0, le=256)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
 Schedule = Literal["constant", "linear", "cosine", "step"]
 CacheFormat = Literal["none", "float16", "float32"]
@@ -88,6 +89,14 @@ class Model(Section):
     options: dict[str, Any] = option({}, "keyword arguments of the model: dropout, width, ...")
     weights: str = option("", "safetensors file, or torch file of tensors; empty: none")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_are_of_one_model(cls, given: Any) -> Any:
+        """Another model than the default has none of its options, which it may not even take."""
+        usual = cls.model_fields["name"].default
+        other = isinstance(given, dict) and given.get("name", usual) != usual
+        return {"options": {}, **given} if other else given
+
 
 class Student(Model):
     name: str = "mobilenet1"
@@ -133,7 +142,7 @@ class Training(Section):
     keep: Count = option(2, "the last so many checkpoints stay")
     log_every: Count = option(10, "steps")
     device: str = option("auto", "cpu, cuda, ...; auto: the accelerator if there is one")
-    threads: Natural = option(0, "of the CPU; 0: as PyTorch chooses")
+    threads: Threads = option(0, "of the CPU; 0: as PyTorch chooses")
 
 
 class Config(Section):

@@ -34,8 +34,6 @@ class Images(Dataset[Any]):
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         return to_float(self.images[index]), self.labels[index]
 
-    __getitems__ = __getitem__
-
 
 Labelled = Dataset[Any] | tuple[Tensor, Tensor]  # of (image, label); or images and their labels
 
@@ -105,7 +103,9 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
                 image = image.resize(size, pil.Resampling.BILINEAR)
             pixels = torch.from_numpy(np.array(image))
     except Exception as error:  # whatever a decoder makes of a broken file
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+        raise ValueError(
+            f"{path} is no image that can be read: {str(error) or repr(error)}"
+        ) from error
     pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return pixels.expand(3, -1, -1) if channels == 3 and len(pixels) == 1 else pixels
 

@@ -18,7 +18,7 @@ from kdkernels.train.errors import SetupError, nearest
 from kdkernels.train.models import matching
 
 Mixed = tuple[Tensor, float] | None
-Items = tuple[float, float] | None
+Items = tuple[float, float, float] | None
 
 
 class Teachers(nn.Module):
@@ -40,17 +40,26 @@ class Teachers(nn.Module):
 class _Tap:
     """The last output of a module inside a model."""
 
+    output: Tensor | None
+
     def __init__(self, model: nn.Module, path: str) -> None:
         paths = dict(model.named_modules())
         if path not in paths:
             raise SetupError(f"no module {path!r} in the model{nearest(path, paths)}")
-        self.path = path
+        self.path, self.output = path, None
         paths[path].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if not isinstance(output, Tensor) or output.dim() not in (2, 4):
             raise SetupError(f"the output of {self.path} is neither (N, C, H, W) nor (N, C)")
         self.output = output
+
+    def take(self) -> Tensor:
+        """The output, which is not kept: nobody could copy a model that holds on to a graph."""
+        output, self.output = self.output, None
+        if output is None:
+            raise SetupError(f"the module {self.path} has no part in the model's logits")
+        return output
 
 
 class Distillation(nn.Module):
@@ -80,7 +89,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.config, self.cached = student, config, cached
         self._teachers = (teachers,)  # a tuple, which nn.Module does not look into
-        self.loss_fn = make_loss(config.loss)
+        self.loss_fn = make_loss(config.loss if teachers else {})
         distill = config.distill
         self.weights = {"hint": distill.hint_weight, "attention": distill.attention_weight}
         frozen = matching(student, config.student.freeze)
@@ -95,6 +104,11 @@ class Distillation(nn.Module):
             if distill.learn_temperature:
                 start = torch.tensor(float(self.loss_fn.temperature))
                 self.log_temperature = nn.Parameter(start.log())
+        if not self.trained():
+            raise SetupError("student.freeze leaves nothing to train")
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
 
     def _look_inside(self, student: nn.Module, teachers: Teachers, example: Tensor) -> None:
         distill = self.config.distill
@@ -102,16 +116,17 @@ class Distillation(nn.Module):
             for path, their_path in pairs.items():
                 tapped = (_Tap(student, path), _Tap(teachers.models[0], their_path))
                 self._taps[kind].append(tapped)
-        with torch.no_grad():
-            student.eval()(example)
-            teachers(example)
+        _check("student", student.eval(), example)
+        for teacher in teachers.models:
+            _check("teacher", teacher, example)
         for kind, taps in self._taps.items():
             for ours, theirs in taps:
-                dims = {ours.output.dim(), theirs.output.dim()}
+                shapes = [tap.take().shape for tap in (ours, theirs)]
+                dims = {len(shape) for shape in shapes}
                 if dims != {4} and (kind == "attention" or dims != {2}):
                     raise SetupError(f"{kind} {ours.path}: both outputs must be (N, C, H, W)")
                 if kind == "hint":
-                    sizes = ours.output.shape[1], theirs.output.shape[1]
+                    sizes = shapes[0][1], shapes[1][1]
                     projection = nn.Conv2d(*sizes, 1) if dims == {4} else nn.Linear(*sizes)
                     self.projections.append(projection)
 
@@ -144,9 +159,10 @@ class Distillation(nn.Module):
         Args:
             index: the numbers of the images in the training set, which a cached teacher goes by.
             mixed: other labels and the share of the first ones, of images that were mixed.
-            items: by which the sums over images and over labelled images are divided, if not by
-                those of this batch.
+            items: by which the sums over images that are distilled, over labelled images and over
+                all are divided, if not by those of this batch.
         """
+        share = len(images) / items[2] if items else 1.0
         logits = self.student(images)
         if self._teachers[0] is None:
             terms = self._supervised(logits, labels, mixed, items)
@@ -154,8 +170,10 @@ class Distillation(nn.Module):
             terms = self._distilled(logits, self._teacher(images, index), labels, mixed, items)
         for kind, compare in (("hint", self._hint), ("attention", self._attention)):
             if self._taps[kind]:
-                terms[kind] = compare() * (len(images) / items[0] if items else 1.0)
+                terms[kind] = compare() * share
                 terms["loss"] = terms["loss"] + self.weights[kind] * terms[kind]
+        if self.log_temperature is not None:
+            terms["temperature"] = self.log_temperature.detach().exp() * share
         return terms
 
     def _teacher(self, images: Tensor, index: Tensor) -> Tensor | TopKTeacher | list[Tensor]:
@@ -180,31 +198,31 @@ class Distillation(nn.Module):
     def _distilled(
         self, logits: Tensor, teacher: Any, labels: Tensor, mixed: Mixed, items: Items
     ) -> dict[str, Tensor]:
-        extra = {}
         if self.log_temperature is not None:
-            temperature = self.log_temperature.exp()
-            setattr(self.loss_fn, "temperature", temperature)  # noqa: B010
-            extra["temperature"] = temperature.detach()
+            setattr(self.loss_fn, "temperature", self.log_temperature.exp())  # noqa: B010
         if mixed is None:
-            return self._loss(logits, teacher, labels, num_items=items) | extra
+            return self._loss(logits, teacher, labels, items)
         # The loss is linear in the shares of the two labels; the divergence has none of them.
         terms = []
         for y, share in ((labels, mixed[1]), (mixed[0], 1 - mixed[1])):
             weight = torch.full_like(y, share, dtype=torch.float32)
-            terms.append(self._loss(logits, teacher, y, sample_weight=weight, num_items=items))
-        return {name: terms[0][name] + terms[1][name] for name in terms[0]} | extra
+            terms.append(self._loss(logits, teacher, y, items, sample_weight=weight))
+        return {name: terms[0][name] + terms[1][name] for name in terms[0]}
 
-    def _loss(self, *tensors: Any, **more: Any) -> dict[str, Tensor]:
+    def _loss(
+        self, logits: Tensor, teacher: Any, labels: Tensor, items: Items, **more: Any
+    ) -> dict[str, Tensor]:
+        counts = items and items[:2]
         try:
-            return self.loss_fn(*tensors, **more)._asdict()  # type: ignore[no-any-return]
-        except (TypeError, ValueError) as error:  # options that do not go together, shapes
+            return self.loss_fn(logits, teacher, labels, num_items=counts, **more)._asdict()  # type: ignore[no-any-return]
+        except (TypeError, ValueError, IndexError) as error:  # options, shapes, labels
             raise SetupError(f"loss: {error}") from error
 
     def _hint(self) -> Tensor:
         """Mean squared distance of the projected student's features to the teacher's."""
         losses = []
         for (ours, theirs), projection in zip(self._taps["hint"], self.projections, strict=True):
-            student, teacher = projection(ours.output), theirs.output
+            student, teacher = projection(ours.take()), theirs.take()
             if teacher.dim() == 4:
                 student = _as_large_as(teacher, student)
             losses.append(F.mse_loss(student.float(), teacher.float()))
@@ -214,10 +232,26 @@ class Distillation(nn.Module):
         """Mean squared distance of the normalised maps of the features' energy, halved."""
         losses = []
         for ours, theirs in self._taps["attention"]:
-            energies = [x.float().square().mean(1) for x in (ours.output, theirs.output)]
-            maps = [F.normalize(_as_large_as(theirs.output, e).flatten(1)) for e in energies]
+            student, teacher = (tap.take().float().square().mean(1) for tap in (ours, theirs))
+            student = _as_large_as(teacher, student)
+            maps = [F.normalize(energies.flatten(1)) for energies in (student, teacher)]
             losses.append((maps[0] - maps[1]).square().mean() / 2)
         return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def _check(name: str, model: nn.Module, images: Tensor) -> None:
+    """Raise SetupError where a model is none from these images to logits."""
+    try:
+        logits = model(images)
+    except SetupError:
+        raise
+    except Exception as error:  # whatever a model makes of images that it does not take
+        shape = tuple(images.shape[1:])
+        raise SetupError(f"the {name} does not take images of {shape}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(images), logits.shape[-1]):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise SetupError(f"the {name} returns {found} and not the logits (N, C) of N images")
 
 
 def _as_large_as(image: Tensor, other: Tensor) -> Tensor:

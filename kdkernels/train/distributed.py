@@ -15,7 +15,11 @@ from kdkernels.train.errors import SetupError
 def start() -> None:
     """Join the processes that torchrun has started, if it has."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        there_are = torch.cuda.is_available()
+        if there_are:  # or NCCL finds all processes on the first GPU
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if there_are else "gloo")
 
 
 def rank() -> int:
@@ -56,6 +60,14 @@ def mean(values: dict[str, Tensor]) -> dict[str, float]:
     """The mean over the processes of some numbers, in one message."""
     stacked = torch.stack([value.float() for value in values.values()])
     return dict(zip(values, (sum(stacked) / world_size()).tolist(), strict=True))
+
+
+def largest(value: int) -> int:
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def same_buffers(module: nn.Module) -> None:

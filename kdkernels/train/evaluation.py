@@ -35,21 +35,20 @@ def evaluate(
     distributed.same_buffers(model)
     model.eval()
     device, count = next(model.parameters()).device, len(dataset)
+    if count < distributed.world_size():
+        raise SetupError("there are fewer images to evaluate than processes")
     index = list(range(count))[distributed.rank() :: distributed.world_size()]
     parts = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
-    loss, confusion = torch.zeros((), dtype=torch.float64, device=device), torch.zeros(0)
+    loss = confusion = torch.zeros((), dtype=torch.float64, device=device)
     for images, labels, _ in batches(dataset, parts, 0):
         images, labels = images.to(device), labels.to(device)
         logits = model(images if normalize is None else normalize(images)).float()
         classes = logits.shape[1]
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise SetupError(f"labels to evaluate with must be in [0, {classes})")
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        loss = loss + F.cross_entropy(logits, labels, reduction="sum")
         pairs = (labels * classes + logits.argmax(1)).bincount(minlength=classes * classes)
-        confusion = pairs + (confusion if len(confusion) else 0)
-    if count < distributed.world_size():
-        raise SetupError("there are fewer images to evaluate than processes")
-    square = distributed.sum(confusion).cpu()
-    square = square.view(round(len(square) ** 0.5), -1)
+        confusion = confusion + pairs
+    square = distributed.sum(confusion).cpu().long().view(classes, classes)
     loss_sum = distributed.sum(loss).item()
     return Evaluation(square.diagonal().sum().item() / count, loss_sum / count, square)

@@ -24,9 +24,9 @@ from kdkernels.train import distributed
 from kdkernels.train.callbacks import Callback, JsonLines, Progress, TensorBoard, Wandb
 from kdkernels.train.checkpoints import Normalize, save_model, write
 from kdkernels.train.config import Config, Distill, Model, Student
-from kdkernels.train.data import UNLABELLED, Images, Splits, batches, hide_labels, load
+from kdkernels.train.data import UNLABELLED, Images, Splits, hide_labels, load, to_float
 from kdkernels.train.distill import Distillation, Teachers
-from kdkernels.train.errors import require
+from kdkernels.train.errors import SetupError, require
 from kdkernels.train.evaluation import evaluate
 from kdkernels.train.models import build, load_weights
 from kdkernels.train.trainer import Trainer, seed_everything
@@ -47,18 +47,42 @@ class Experiment:
     """All runs of a configuration, in a folder where each finds what it has left."""
 
     def __init__(self, config: Config, folder: Path, say: Callable[[str], None] = print) -> None:
-        self.config, self.folder, self.say = config, folder, say
+        self.folder, self.say = folder, say
         if config.training.threads:
             torch.set_num_threads(config.training.threads)
         self.splits: Splits = load(config.data, say)
         self.normalize = Normalize(self.splits.mean, self.splits.std)
-        self.steps = max(1, -(-len(self.splits.train) // config.training.batch_size))
+        # The student alone takes steps of as many images, and they come from a few labelled ones.
+        size = min(config.training.batch_size, len(self.splits.train))
+        training = config.training.model_copy(update={"batch_size": size})
+        self.config = config = config.model_copy(update={"training": training})
+        self.steps = max(1, -(-len(self.splits.train) // size))
         self.top_k = min(config.teacher.cache_top_k, len(self.splits.classes))
         self.device = distributed.device(config.training.device)
-        # What is wrong with the models is said now, and not when the teacher has been trained.
+        self.try_out()
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Say what is wrong with models and loss now, and not when the teacher has been trained.
+
+        Raises:
+            SetupError: see there.
+        """
+        config, last = self.config, len(self.splits.classes) - 1
+        self.student_images(config.first_seed)
         teachers = [self.build(model) for model in (config.teacher, *config.teacher.others)]
-        example = self.normalize(self.splits.train[:2][0])
-        Distillation(self.build(config.student), Teachers(teachers), config, example)
+        images = self.normalize.to(self.device)(self.splits.train[:2][0].to(self.device))
+        labels = torch.tensor([0, last], device=self.device)
+        top = TopKTeacher.from_logits(torch.zeros(2, last + 1), self.top_k) if self.top_k else None
+        student = self.build(config.student)
+        objective = Distillation(student, Teachers(teachers), config, images, top)
+        mixed = (labels, 0.5) if config.augment.mixup or config.augment.cutmix else None
+        sums = mixed is not None or config.training.accumulate > 1 or distributed.world_size() > 1
+        items = (2.0, 2.0, 2.0) if sums else None
+        try:
+            objective.train().to(self.device)(images, labels, torch.arange(2), mixed, items)
+        except RuntimeError as error:  # a backend that cannot run here
+            raise SetupError(f"loss: {error}") from error
 
     def run(self) -> dict[str, list[Outcome]]:
         """Every model of every seed; name to outcomes, one per seed."""
@@ -144,14 +168,10 @@ class Experiment:
 
     def about(self, model: Model) -> dict[str, Any]:
         """What a model file says of itself."""
-        splits = self.splits
-        said = {"name": model.name, "options": model.options, "data": self.config.data.model_dump()}
-        more = {
-            "mean": splits.mean,
-            "std": splits.std,
-            "shape": list(splits.train.images.shape[1:]),
-        }
-        return {**said, "classes": splits.classes, **more}
+        splits, data = self.splits, self.config.data.model_dump()
+        return {"name": model.name, "options": model.options, "data": data,
+                "classes": splits.classes, "mean": splits.mean, "std": splits.std,
+                "shape": list(splits.train.images.shape[1:])}  # fmt: skip
 
     def callbacks(self, name: str, folder: Path) -> list[Callback]:
         if distributed.rank() > 0:
@@ -180,13 +200,9 @@ class Experiment:
 
     @torch.no_grad()
     def logits(self, teacher: nn.Module) -> torch.Tensor:
-        normalize, index = self.normalize.to(self.device), list(range(len(self.splits.train)))
-        parts = [index[i : i + 256] for i in range(0, len(index), 256)]
-        found = batches(self.splits.train, parts, 0)
-        teacher.eval()
-        return torch.cat(
-            [teacher(normalize(images.to(self.device))).cpu() for images, _, _ in found]
-        )
+        model = nn.Sequential(self.normalize, teacher).to(self.device).eval()
+        parts = self.splits.train.images.split(256)
+        return torch.cat([model(to_float(part).to(self.device)).cpu() for part in parts])
 
 
 def without_teacher(config: Config, **training: Any) -> Config:

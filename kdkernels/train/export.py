@@ -22,19 +22,23 @@ def export(model: nn.Module, shape: list[int], folder: Path) -> dict[str, float]
         The largest difference to PyTorch's logits of each, relative to the largest of these.
 
     Raises:
-        TrainError: a difference is above 1e-4. SetupError: a package is missing.
+        TrainError: the model cannot be exported, or a difference is above 1e-4.
+        SetupError: a package is missing.
     """
     onnxruntime = require("onnxruntime", "onnxruntime", "export")
     require("onnxscript", "onnxscript", "export")
-    images = torch.rand(2, *shape)
+    images, buffer = torch.rand(2, *shape), io.BytesIO()
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    write(folder / "model.pt2", buffer.getvalue())
-    onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
-                             output_names=["logits"])  # fmt: skip
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, buffer)
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
+                                 output_names=["logits"])  # fmt: skip
+    except Exception as error:  # a model may do what neither of the two can say
+        reason = str(error).partition("\n")[0]
+        raise TrainError(f"the model cannot be exported: {reason}") from error
     assert onnx is not None
+    write(folder / "model.pt2", buffer.getvalue())
     write(folder / "model.onnx", onnx.model_proto.SerializeToString())
     loaded = torch.export.load(io.BytesIO((folder / "model.pt2").read_bytes())).module()
     session = onnxruntime.InferenceSession(

@@ -165,8 +165,10 @@ def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn
         if kind == "hf":
             return _transformers(rest, {"num_labels": classes, "num_channels": channels, **options})
         if rest:
-            function = getattr(importlib.import_module(kind), rest)
-            return function(classes, channels, **options)  # type: ignore[no-any-return]
+            found = getattr(importlib.import_module(kind), rest)(classes, channels, **options)
+            if not isinstance(found, nn.Module):
+                raise TypeError(f"{found!r} is no module of PyTorch")
+            return found
         return small(name, classes, channels, **options)
     except SetupError:
         raise

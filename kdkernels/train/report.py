@@ -97,13 +97,10 @@ def _confusion(found: list[Outcome]) -> bytes:
     axes.set(xlabel="predicted class", ylabel="true class", title="distilled student, test images")
     if len(share) <= 20:
         axes.set(xticks=range(len(share)), yticks=range(len(share)))
-        for (i, j), value in {
-            (i, j): v for i, r in enumerate(share.tolist()) for j, v in enumerate(r)
-        }.items():
-            color = "white" if value > 50 else "black"
-            if value:
-                axes.text(j, i, f"{value:.0f}" if value >= 1 else "<1", ha="center", va="center",
-                          color=color, fontsize=7)  # fmt: skip
+        for i, j in share.nonzero().tolist():
+            value = share[i, j].item()
+            axes.text(j, i, f"{value:.0f}" if value >= 1 else "<1", ha="center", va="center",
+                      color="white" if value > 50 else "black", fontsize=7)  # fmt: skip
     return _png(figure)
 
 

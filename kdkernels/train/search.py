@@ -9,7 +9,7 @@ from typing import Any
 
 from kdkernels.train.checkpoints import write
 from kdkernels.train.config import Config, checked, dumps
-from kdkernels.train.errors import require
+from kdkernels.train.errors import NonFiniteError, SetupError, require
 from kdkernels.train.experiment import Experiment
 
 
@@ -19,6 +19,9 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
     Returns:
         The best configuration by the validation accuracy of the first seed's distilled student;
         ``best.toml`` in the folder.
+
+    Raises:
+        SetupError: the folder's search is another one, no trial is complete, and see Experiment.
     """
     optuna = require("optuna", "optuna", "search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -28,8 +31,13 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
         study_name="kdkernels", direction="maximize", load_if_exists=True,
         storage=optuna.storages.JournalStorage(backend),
     )  # fmt: skip
-    seed = config.first_seed
-    teachers, _ = Experiment(config, folder, say).teachers(seed)
+    if {"temperature", "alpha"} & {*config.schedules} or config.distill.learn_temperature:
+        raise SetupError("temperature or alpha is scheduled or learned: it cannot be searched for")
+    if study.user_attrs.get("config", dumps(config)) != dumps(config):
+        raise SetupError(f"{folder} has trials of another configuration: name a new folder")
+    seed, first = config.first_seed, Experiment(config, folder, say)
+    study.set_user_attr("config", dumps(config))
+    teachers, _ = first.teachers(seed)
 
     def changed(values: dict[str, float]) -> Config:
         loss = config.loss | {name: values[name] for name in ("temperature", "alpha")}
@@ -43,7 +51,12 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
         }
         place = folder / f"trial{trial.number}"
-        outcome = Experiment(changed(values), place, lambda text: None).distilled(seed, teachers)
+        run = Experiment(changed(values), place, lambda text: None)
+        try:
+            outcome = run.distilled(seed, teachers)
+        except NonFiniteError as error:  # some learning rates are too high
+            say(f"trial {trial.number}: {error}")
+            raise optuna.TrialPruned() from error
         shutil.rmtree(place / f"seed{seed}" / "distilled" / "checkpoints")
         found = float(outcome.result["accuracy"])
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -52,8 +65,10 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
 
     complete = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
     # A sampler that depends on where the search goes on: what it has tried it is told by the study.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + complete)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     study.optimize(accuracy, n_trials=max(0, trials - complete))
+    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+        raise SetupError(f"of {trials} trials none is complete in {folder}")
     best = checked(changed(study.best_params).model_dump())
     write(folder / "best.toml", dumps(best))
     return best

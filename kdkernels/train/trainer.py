@@ -24,7 +24,7 @@ from kdkernels.train.callbacks import Callback
 from kdkernels.train.checkpoints import Checkpoints, random_states, set_random_states
 from kdkernels.train.config import Config
 from kdkernels.train.data import UNLABELLED, Labelled, as_dataset, batches
-from kdkernels.train.distill import Distillation, Teachers
+from kdkernels.train.distill import Distillation, Items, Teachers
 from kdkernels.train.errors import Interrupted, NonFiniteError, SetupError
 from kdkernels.train.evaluation import evaluate
 
@@ -56,7 +56,8 @@ class Trainer:
         train_data: a dataset of (image, label), or the tensors (N, channels, H, W) and (N,). Pixels
             are uint8, or floating point in [0, 1]. The label -100 is no label.
         val_data: the same, with all labels; chooses the epoch whose weights are kept.
-        config: sections ``augment``, ``loss``, ``distill``, ``schedules`` and ``training`` count.
+        config: sections ``augment``, ``loss``, ``distill``, ``schedules`` and ``training`` count,
+            ``student.freeze`` and ``data.workers``.
         normalize: applied to the images in [0, 1] before the models. Default: nothing.
         callbacks: told what happens.
         folder: where checkpoints are kept, and found again if there are any. None: nowhere.
@@ -104,10 +105,7 @@ class Trainer:
         self.objective = Distillation(
             student.to(self.device), teachers, self.config, self.normalize(first), cached
         ).to(self.device)
-        parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        if not parameters:
-            raise SetupError("student.freeze leaves nothing to train")
-        self.optimizer = make_optimizer(parameters, training)
+        self.optimizer = make_optimizer(self.objective.trained(), training)
         self.module = distributed.wrap(self.objective, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
         average = get_ema_multi_avg_fn(training.ema)
@@ -156,21 +154,25 @@ class Trainer:
         size, seed = self.options.batch_size, self.seed * 1_000_003 + self.epoch
         order = epoch_order(len(self.train_data), self.steps_per_epoch, size, seed, 2 * world)
         rest = [batch[rank::world] for batch in order[self.batch :]]
+        began = time.perf_counter()
         for images, labels, index in batches(self.train_data, rest, self.config.data.workers):
-            began = time.perf_counter()
             self.objective.schedule(self.epoch + self.batch / len(order))
             rate = self.options.learning_rate * self._rate(self.epoch + self.batch / len(order))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            terms = self._train_step(images.to(self.device), labels.to(self.device), index)
+            # As many in every process, or they wait for each other, and no part of one image.
+            parts = min(self.options.accumulate, len(order[self.batch]) // (2 * world))
+            terms = self._train_step(images.to(self.device), labels.to(self.device), index, parts)
             self.step, self.batch = self.step + 1, self.batch + 1
             record = {"step": self.step, "epoch": self.epoch + 1, **terms, "learning_rate": rate}
-            speed = len(images) * world / (time.perf_counter() - began)
+            now = time.perf_counter()
+            speed, began = len(images) * world / (now - began), now
             for callback in self.callbacks:
                 callback.step(self, record, speed)
+            stop = distributed.largest(self._signal)
             every = self.options.checkpoint_every
-            if self.batch < len(order) and (self._signal or (every and self.step % every == 0)):
-                self._save()
+            if self.batch < len(order) and (stop or (every and self.step % every == 0)):
+                self._save(stop)
 
     def _rate(self, epoch: float) -> float:
         """The factor of the learning rate, in [0, 1]."""
@@ -185,7 +187,9 @@ class Trainer:
             "step": 0.1 ** ((share >= 0.5) + (share >= 0.75)),
         }[options.schedule]
 
-    def _train_step(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, float]:
+    def _train_step(
+        self, images: Tensor, labels: Tensor, index: Tensor, parts: int
+    ) -> dict[str, float]:
         """One step of the optimiser, or none where a loss is not finite and may be skipped."""
         self.module.train()
         images, mixed = mix(self.augment(images), labels, self.config.augment)
@@ -195,10 +199,10 @@ class Trainer:
         skips = self.options.nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.objective.buffers()] if skips else []
         self.optimizer.zero_grad(set_to_none=True)
-        items = self._items(labels, mixed)
+        items = self._items(labels, mixed, parts)
         totals: dict[str, Tensor] = {}
         kind = torch.float16 if self.options.amp == "float16" else torch.bfloat16
-        for part in torch.arange(len(images), device=self.device).chunk(self.options.accumulate):
+        for part in torch.arange(len(images), device=self.device).tensor_split(parts):
             others = None if mixed is None else (mixed[0][part], mixed[1])
             with torch.autocast(self.device.type, kind, enabled=self.options.amp != "off"):
                 terms = self.module(images[part], labels[part], index[part.cpu()], others, items)
@@ -216,19 +220,20 @@ class Trainer:
                 buffer.copy_(before)
         return values
 
-    def _items(self, labels: Tensor, mixed: Any) -> tuple[float, float] | None:
-        """By what the sums over images and labelled images are divided, in each process."""
+    def _items(self, labels: Tensor, mixed: Any, parts: int) -> Items:
+        """By what the sums over images that are distilled, that have a label, and over all are
+        divided, in each process."""
         world = distributed.world_size()
-        if world == 1 and self.options.accumulate == 1 and mixed is None:
+        if world == 1 and parts == 1 and mixed is None:
             return None  # a mean
-        counts = torch.tensor([len(labels), 0.0], device=self.device, dtype=torch.float64)
+        counts = torch.full((3,), len(labels), device=self.device, dtype=torch.float64)
         weight = self.objective.loss_fn.weight
         known = labels[labels != UNLABELLED]
         counts[1] = len(known) if weight is None else weight[known].sum()
         if not self.objective.loss_fn.distill_ignored:
             counts[0] = len(known)
-        images, labelled = distributed.sum(counts).tolist()
-        return max(images, 1) / world, max(labelled, 1e-6) / world
+        distilled, labelled, images = (distributed.sum(counts) / world).tolist()
+        return max(distilled, 1 / world), max(labelled, 1e-6), images
 
     def _adversarial(self, images: Tensor, labels: Tensor, index: Tensor, mixed: Any) -> Tensor:
         """A share of the images, moved along the sign of the gradient of their loss."""
@@ -283,15 +288,16 @@ class Trainer:
                   "validation_accuracy": found.accuracy}  # fmt: skip
         for callback in self.callbacks:
             callback.epoch(self, record)
-        self._save()
+        self._save(distributed.largest(self._signal))
 
-    def _save(self) -> None:
-        """Write a checkpoint; after it, act on a signal."""
+    def _save(self, stop: int) -> None:
+        """Write a checkpoint; after it, act on a signal that any process has got."""
         if self.checkpoints and distributed.rank() == 0:
             self.checkpoints.save(self.step, self._state())
-        if self._signal:
-            name = signal.Signals(self._signal).name
-            raise Interrupted(self._signal, f"{name} at step {self.step}: {self._last_good()}")
+        if stop:
+            distributed.wait()
+            name = signal.Signals(stop).name
+            raise Interrupted(stop, f"{name} at step {self.step}: {self._last_good()}")
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
@@ -303,19 +309,24 @@ class Trainer:
         return {
             "place": [self.epoch, self.batch, self.step, self.skipped],
             "result": vars(self.result),
+            "best": self._best,
             "random": random_states(),
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.step, self.skipped = state["place"]
-        self.result = Result(**state["result"])
-        for name, part in self._parts().items():
-            if name in state["parts"]:
-                part.load_state_dict(state["parts"][name])
-        if self.result.epoch and self.checkpoints:
-            self._best = self.checkpoints.best()
-        set_random_states(state["random"])
+        self.result, self._best = Result(**state["result"]), state["best"]
+        try:
+            for name, part in self._parts().items():
+                if name in state["parts"]:
+                    part.load_state_dict(state["parts"][name])
+        except (RuntimeError, ValueError) as error:
+            raise SetupError(f"{self.checkpoints} is of another student") from error
+        if distributed.rank() == 0:
+            set_random_states(state["random"])
+        else:  # the state is the first process's, and no other is to draw the same numbers
+            seed_everything(self.seed + self.step, distributed.rank())
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
