@@ -114,7 +114,7 @@ training.checkpoint_every 10
 training.keep 1
 training.log_every 1
 training.device cpu
-training.threads 1
+training.threads 2
 """.strip().splitlines()
 )
 # What another option must be, for it to be allowed.

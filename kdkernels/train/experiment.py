@@ -2,7 +2,7 @@
 
 Per seed the teacher is trained on all labels of the training images, or loaded. The owner of the
 student has the same images and ``data.labelled`` of their labels. From the same initial weights,
-for as many steps of as many images, the student is trained *distilled*, on all images, where those
+for as many steps, the student is trained *distilled*, on all images, where those
 without a label teach by the teacher's logits alone; *alone*, on the labelled images; and
 *smoothed*, alone with label smoothing.
 """
