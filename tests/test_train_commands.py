@@ -469,6 +469,19 @@ def test_a_trial_that_diverges_is_not_the_end_of_a_search(tmp_path, monkeypatch,
     assert captured.err == ""
 
 
+def test_a_search_looks_at_no_test_image(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    looked_at = []
+    real = experiment.evaluate
+    monkeypatch.setattr(
+        experiment,
+        "evaluate",
+        lambda m, images, *r: looked_at.append(len(images)) or real(m, images, *r),
+    )
+    assert main(["search", *TINY, "--trials", "1", "--out", str(tmp_path / "search")]) == 0
+    assert looked_at == [270, 270]  # of the teacher and the student; the test split has 449
+
+
 def test_models_are_listed(capsys):
     assert main(["models"]) == 0
     assert "resnet8 " in capsys.readouterr().out

@@ -142,7 +142,9 @@ class Training(Section):
     keep: Count = option(2, "the last so many checkpoints stay")
     log_every: Count = option(10, "steps")
     device: str = option("auto", "cpu, cuda, ...; auto: the accelerator if there is one")
-    threads: Threads = option(1, "of the CPU; small models gain little from more. 0: as PyTorch has")
+    threads: Threads = option(
+        1, "of the CPU; small models gain little from more. 0: as PyTorch has"
+    )
 
 
 class Config(Section):

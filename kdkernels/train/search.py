@@ -36,6 +36,7 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
     if study.user_attrs.get("config", dumps(config)) != dumps(config):
         raise SetupError(f"{folder} has trials of another configuration: name a new folder")
     seed, first = config.first_seed, Experiment(config, folder, say)
+    first.splits.test = first.splits.validation  # what is chosen by has seen no test image
     study.set_user_attr("config", dumps(config))
     teachers, _ = first.teachers(seed)
 
@@ -52,6 +53,7 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
         }
         place = folder / f"trial{trial.number}"
         run = Experiment(changed(values), place, lambda text: None)
+        run.splits.test = run.splits.validation
         try:
             outcome = run.distilled(seed, teachers)
         except NonFiniteError as error:  # some learning rates are too high
