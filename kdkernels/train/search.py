@@ -40,11 +40,6 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
     study.set_user_attr("config", dumps(config))
     teachers, _ = first.teachers(seed)
 
-    def changed(values: dict[str, float]) -> Config:
-        loss = config.loss | {name: values[name] for name in ("temperature", "alpha")}
-        training = config.training.model_copy(update={"learning_rate": values["learning_rate"]})
-        return config.model_copy(update={"loss": loss, "training": training})
-
     def accuracy(trial: Any) -> float:
         values = {
             "temperature": trial.suggest_float("temperature", 1.0, 16.0, log=True),
@@ -52,7 +47,7 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
         }
         place = folder / f"trial{trial.number}"
-        run = Experiment(changed(values), place, lambda text: None)
+        run = Experiment(_changed(config, values), place, lambda text: None)
         run.splits.test = run.splits.validation
         try:
             outcome = run.distilled(seed, teachers)
@@ -71,6 +66,12 @@ def search(config: Config, trials: int, folder: Path, say: Callable[[str], None]
     study.optimize(accuracy, n_trials=max(0, trials - complete))
     if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         raise SetupError(f"of {trials} trials none is complete in {folder}")
-    best = checked(changed(study.best_params).model_dump())
+    best = checked(_changed(config, study.best_params).model_dump())
     write(folder / "best.toml", dumps(best))
     return best
+
+
+def _changed(config: Config, values: dict[str, float]) -> Config:
+    loss = config.loss | {name: values[name] for name in ("temperature", "alpha")}
+    training = config.training.model_copy(update={"learning_rate": values["learning_rate"]})
+    return config.model_copy(update={"loss": loss, "training": training})
