@@ -469,6 +469,17 @@ def test_nan_stops_and_says_where(images, tmp_path):
     assert all(value.isfinite().all() for value in good.values())
 
 
+class Steep(nn.Module):
+    """A finite loss whose gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x.mean((1, 2, 3))[:, None] * self.weight.sqrt()
+
+
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_nan_is_skipped_without_a_trace(images, amp):
     said = []
@@ -482,17 +493,12 @@ def test_nan_is_skipped_without_a_trace(images, amp):
         assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_noticed(images):
-    class Steep(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(3))
-
-        def forward(self, x):
-            return x.mean((1, 2, 3))[:, None] * self.weight.sqrt()
-
-    with pytest.raises(NonFiniteError, match=r"step 1 has gradient (nan|inf)"):
-        trainer(images, net=Steep()).fit()
+@pytest.mark.parametrize(("amp", "steps"), [("off", 1), ("bfloat16", 1), ("float16", 18)])
+def test_an_infinite_gradient_of_a_finite_loss_is_noticed(images, amp, steps):
+    """Under float16 when the scaler has halved its scale of 2 ** 16 to less than 1."""
+    run = trainer(images, net=Steep(), training={"amp": amp, "epochs": 9})
+    with pytest.raises(NonFiniteError, match=rf"step {steps} has gradient (nan|inf)"):
+        run.fit()
 
 
 # --- interruptions

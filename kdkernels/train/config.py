@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -209,6 +210,13 @@ class Config(Section):
             ),
             "teacher.cache is of one teacher's logits: no others, hints or attention": (
                 caches and bool(teacher.others or distill.hints or distill.attention)
+            ),
+            "training.warmup must be less than the epochs of student and teacher": (
+                self.training.warmup >= min(self.training.epochs, teacher.epochs or math.inf)
+            ),
+            "schedules of a weight need the hints or the attention that it is of": (
+                ("hint_weight" in self.schedules and not distill.hints)
+                or ("attention_weight" in self.schedules and not distill.attention)
             ),
             "teacher.cache_top_k needs teacher.cache": bool(teacher.cache_top_k) and not caches,
             "a temperature is either learned or scheduled": learns

@@ -248,14 +248,16 @@ class Trainer:
         return (images.detach() + step).clamp(0, 1)
 
     def _gradient_is_finite(self, values: dict[str, float]) -> bool:
-        """Clip the gradient; whether the step can be made. A scaler leaves its own steps out."""
+        """Clip the gradient; whether the step can be made. A scaler leaves steps out by itself, but
+        below a scale of 1 it is not to blame."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.options.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.options.clip, norm)
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not wrong and not self.scaler.is_enabled() and not math.isfinite(norm.item()):
+        scales = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not wrong and not scales and not math.isfinite(norm.item()):
             wrong = {"gradient": norm.item()}
         if not wrong:
             return True
