@@ -20,6 +20,7 @@ import pytest
 import torch
 from comparing import assert_close, assert_same_bits, value_and_grad
 from oracle import oracle
+from targets import TARGETS
 from test_numerics import GRAD_BOUND, LOSS_BOUND, check, inputs
 
 from kdkernels import backends, kd_loss
@@ -827,12 +828,6 @@ for classes in (16, 128, 1024, 32000) if sys.argv[1] == "sm_90" else (16, 32000)
     launch("full", classes - 1, torch.bfloat16, FULL, weight, True)
 print(json.dumps(results))
 """
-
-
-# Compiling takes minutes: the gate asks for one of each maker, who changes a kernel for all.
-TARGETS = ["sm_90", "gfx942"]
-if os.environ.get("KDKERNELS_TEST_TARGETS") == "all":
-    TARGETS.append("sm_80")
 
 
 def compile_for(target):
