@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pydantic")
-
 from kdkernels.train.augment import mix, pipeline, shift
 from kdkernels.train.config import Augment
 
@@ -51,7 +49,6 @@ def seeded(function, seed=0):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_each_option_changes_images_and_leaves_them_images(options, channels):
-    pytest.importorskip("kornia")
     images = batch(channels)
     before = images.clone()
     augmented = pipeline(config(**options), channels)
@@ -71,7 +68,6 @@ def test_each_option_changes_images_and_leaves_them_images(options, channels):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_each_option_is_the_same_again_from_the_same_seed(options, channels):
-    pytest.importorskip("kornia")
     images = batch(channels)
     made = [pipeline(config(**options), channels) for _ in range(2)]
     first, again = (seeded(partial(augmented, images)) for augmented in made)
@@ -90,7 +86,6 @@ def test_all_off_is_the_identity_and_draws_nothing(channels):
 
 
 def test_a_flip_is_a_mirror_image_as_often_as_asked():
-    pytest.importorskip("kornia")
     images = batch(3, n=200)
     assert torch.equal(pipeline(config(flip=1.0), 3)(images), images.flip(3))
     changed = seeded(lambda: pipeline(config(flip=0.3), 3)(images))

@@ -17,11 +17,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("pydantic")
-pytest.importorskip("mlxtend")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tensorboard")
-
 from kdkernels.__main__ import main
 from kdkernels.train import config as configuration
 from kdkernels.train import data, experiment
@@ -386,8 +381,8 @@ def test_predict_is_what_the_model_says(tiny_run, folder_of_images, capsys):
 
 
 def test_export_agrees_with_pytorch_for_any_batch(tiny_run, tmp_path, capsys):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     assert main(["export", str(tiny_run), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.count("largest difference to PyTorch") == 2
@@ -401,16 +396,12 @@ def test_export_agrees_with_pytorch_for_any_batch(tiny_run, tmp_path, capsys):
 
 
 def test_an_export_that_differs_is_an_error(tiny_run, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     monkeypatch.setattr("kdkernels.train.export._difference", lambda *given: 0.5)
     assert main(["export", str(tiny_run), "--out", str(tmp_path)]) == 1
     assert "model.pt2 differs from PyTorch by 5.0e-01" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_said(tmp_path):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
 
     class Undecided(nn.Module):
         def forward(self, images):
@@ -422,7 +413,6 @@ def test_what_cannot_be_exported_is_said(tmp_path):
 
 
 def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
-    pytest.importorskip("optuna")
     folder = tmp_path / "search"
     command = ["search", *TINY, "--seeds", "1", "--out", str(folder)]
     assert main([*command, "--trials", "1"]) == 0
@@ -438,7 +428,6 @@ def test_search_goes_on_and_its_best_can_be_trained(tmp_path, capsys):
 
 
 def test_what_cannot_be_searched_for_is_refused(tmp_path, capsys):
-    pytest.importorskip("optuna")
     command = ["search", *TINY, "--trials", "1", "--out", str(tmp_path / "search")]
     assert main([*command, "--schedules", "{temperature = [[0, 8.0], [1, 2.0]]}"]) == 2
     assert main([*command, "--distill.learn_temperature"]) == 2
@@ -450,7 +439,6 @@ def test_what_cannot_be_searched_for_is_refused(tmp_path, capsys):
 
 
 def test_a_trial_that_diverges_is_not_the_end_of_a_search(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("optuna")
     real, calls = Experiment.distilled, []
 
     def diverges(self, seed, teachers):
@@ -470,7 +458,6 @@ def test_a_trial_that_diverges_is_not_the_end_of_a_search(tmp_path, monkeypatch,
 
 
 def test_a_search_looks_at_no_test_image(tmp_path, monkeypatch):
-    pytest.importorskip("optuna")
     looked_at = []
     real = experiment.evaluate
     monkeypatch.setattr(
@@ -556,7 +543,6 @@ def test_only_options_of_the_command_are_near(capsys):
 
 @pytest.mark.parametrize("command", ["train", "search"])
 def test_a_place_where_nothing_can_be_written_is_named(command, tmp_path, capsys):
-    pytest.importorskip("optuna")
     (tmp_path / "file").write_text("")
     assert main([command, *TINY, "--out", str(tmp_path / "file" / "run")]) in (2, 3)
     error = capsys.readouterr().err

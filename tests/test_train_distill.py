@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-pytest.importorskip("pydantic")
-
 from kdkernels import TopKTeacher, kd_loss
 from kdkernels.train import Config
 from kdkernels.train.config import LOSS_OPTIONS

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("pydantic")
-
 from train_distributed import CASES, run
 
 from kdkernels.train import distributed
@@ -60,8 +57,6 @@ def test_every_process_has_its_gpu_and_also_the_cpu(monkeypatch):
 
 
 def test_the_command_runs_under_torchrun(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("tensorboard")
     folder = tmp_path / "run"
     options = ["--data.name", "digits", "--seeds", "1", "--training.epochs", "2", "--out", folder,
                "--training.batch_size", "256", "--baselines", "false"]  # fmt: skip

@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-pytest.importorskip("pydantic")
-pytest.importorskip("mlxtend")
-
 from kdkernels.train import Callback, Config, Trainer, evaluate
 from kdkernels.train import trainer as loop
 from kdkernels.train.callbacks import JsonLines, Progress, TensorBoard
@@ -541,7 +538,6 @@ def run_everything(images, folder, kill=None, **changes):
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_a_killed_run_goes_on_to_the_same_bits(images, tmp_path, amp):
-    pytest.importorskip("kornia")
     changes = {"training": EVERYTHING["training"] | {"amp": amp}}
     whole = run_everything(images, tmp_path / "whole", **changes)
     for kill in range(1, 13):
@@ -675,7 +671,6 @@ def test_what_is_not_finite_is_null_in_json(images, tmp_path):
 
 
 def test_tensorboard_has_the_terms_and_the_accuracy(images, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer(images, network(8), callbacks=[TensorBoard(tmp_path)], training={"log_every": 4}).fit()
@@ -696,7 +691,6 @@ def test_without_a_terminal_there_is_a_line_per_epoch(images):
 
 
 def test_on_a_terminal_there_is_a_bar(images, monkeypatch, capsys):
-    pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     trainer(images, network(8), callbacks=[Progress("here")]).fit()
