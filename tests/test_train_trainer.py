@@ -288,6 +288,7 @@ def test_mixed_images_have_the_loss_of_both_labels(images, monkeypatch, name, wi
 
 def test_adversarial_images_raise_the_loss_and_are_near(images):
     run = trainer(images, network(8), augment={"fgsm": 0.1, "fgsm_share": 0.5})
+    run.module.train()  # as in a step
     before = state(run.objective)
     index = torch.arange(21)
     adversarial = run._adversarial(images[0], images[1], index, None)
@@ -479,15 +480,21 @@ class Steep(nn.Module):
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_nan_is_skipped_without_a_trace(images, amp):
-    said = []
-    run = trainer(images, network(8), net=poisoned(images, 6),
+    said, states = [], []
+
+    class Watch(Callback):  # at each step: the best weights, which are restored, tell less
+        def step(self, trainer, record, images_per_second):
+            states.extend([state(trainer.objective), state(trainer.ema)])
+
+    run = trainer(images, network(8), net=poisoned(images, 6), callbacks=[Watch()],
                   training={"nonfinite": "skip", "ema": 0.9, "amp": amp})  # fmt: skip
     run.say = said.append
     run.fit()
     assert run.skipped == 1
     assert said == ["step 6 left out: it has loss nan, soft nan, hard nan"]
-    for module in (run.objective, run.ema):
-        assert all(value.isfinite().all() for value in module.state_dict().values())
+    assert same(states[8], states[10])  # before and after it
+    assert same(states[9], states[11])
+    assert all(value.isfinite().all() for one in states for value in one.values())
 
 
 @pytest.mark.parametrize(("amp", "steps"), [("off", 1), ("bfloat16", 1), ("float16", 18)])
